@@ -1,0 +1,1 @@
+"""fomoe.kernels: quantisation types, plain references, and what launches the fast code."""

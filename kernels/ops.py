@@ -1,0 +1,244 @@
+"""The operations that a model's forward is written in: the seam between models and backends.
+
+Owns: the signatures. A backend (reference, cpu, gpu) implements `Ops`; a model file calls it and does
+not know which one runs. Activations `A` are float32 arrays [tokens, width] of the backend (numpy for
+reference and cpu). Weights are opaque handles that the backend made from a `Tensor`.
+
+T below is the number of tokens of a step: the rows of all its segments, one after the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from fomoe.kernels.table import QuantType
+
+A = Any  # a float32 activation array of the backend, [tokens, width], rows contiguous
+W = Any  # a weight handle made by Ops.weight
+F32Array = npt.NDArray[np.float32]
+I32Array = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tensor:
+    """A quantised tensor in host memory.
+
+    `shape` is row-major; the last dimension is the quantised one. `data` is uint8, exactly nbytes long,
+    at any alignment; whoever made it keeps it valid and unchanged for as long as the tensor is used.
+    """
+
+    name: str
+    type: QuantType
+    shape: tuple[int, ...]
+    data: npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionSpec:
+    """Softmax attention of one layer, RoPE NEOX on the first `rope_dims` of every head.
+
+    `gated`: q rows hold [query D | gate D] per head (Qwen3-Next/3.5) and the output is multiplied by
+    sigmoid(gate). Head h reads kv head h // (heads // kv_heads).
+    """
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    rope_dims: int
+    rope_base: float
+    scale: float
+    eps: float
+    gated: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeltaSpec:
+    """Gated delta-net of one layer. `tiled`: V head h uses K head h % k_heads (qwen35moe), else
+    h // (v_heads // k_heads) (qwen3next). conv_dim = 2 * k_heads * head_dim + v_heads * head_dim."""
+
+    k_heads: int
+    v_heads: int
+    head_dim: int
+    conv_kernel: int
+    eps: float
+    tiled: bool
+
+    @property
+    def key_dim(self) -> int:
+        return self.k_heads * self.head_dim
+
+    @property
+    def value_dim(self) -> int:
+        return self.v_heads * self.head_dim
+
+    @property
+    def conv_dim(self) -> int:
+        return 2 * self.key_dim + self.value_dim
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MoeSpec:
+    """The routed experts of one layer: gate and up [ff, hidden], down [hidden, ff] of each expert.
+
+    `gate_type` and `up_type` differ only in odd mixes; with a fused gate_up tensor they are equal and
+    the up rows follow the gate rows. `top_k` experts a token, weights renormalised over the picks when
+    `renormalise`, then multiplied by `weights_scale`.
+    """
+
+    num_experts: int
+    top_k: int
+    hidden: int
+    ff: int
+    gate_type: QuantType
+    up_type: QuantType
+    down_type: QuantType
+    renormalise: bool = True
+    weights_scale: float = 1.0
+
+
+@dataclass(slots=True)
+class KvCache:
+    """Keys and values of one attention layer: [pages, kv_heads, page_tokens, head_dim], float16 or
+    float32. A sequence finds its tokens through its page table; pages are shared by all sequences."""
+
+    k: A
+    v: A
+    page_tokens: int
+
+
+@dataclass(slots=True)
+class DeltaState:
+    """Recurrent state of one delta-net layer and one sequence, all float32, updated in place.
+
+    conv: [conv_kernel - 1, conv_dim], the last inputs of the convolution, oldest first.
+    s: [v_heads, head_dim (v), head_dim (k)]: llama.cpp's order, the key index contiguous.
+    """
+
+    conv: A
+    s: A
+
+
+@dataclass(slots=True)
+class Segment:
+    """Consecutive tokens of one sequence in a step: rows [start, start + length) of the activations,
+    at positions [position, position + length). `pages` is the sequence's page table, int32; `delta`
+    has one entry per layer, None where the layer has no recurrent state."""
+
+    start: int
+    length: int
+    position: int
+    pages: I32Array
+    delta: Sequence[DeltaState | None]
+
+
+@dataclass(slots=True)
+class Routing:
+    """What the router of one layer said.
+
+    h: [T, hidden] the normed input of router and experts. logits: float32 [T, experts] on the host.
+    ids: int32 [T, top_k] by descending probability (ties: lower id first); weights: float32
+    [T, top_k], those that the expert outputs are multiplied with. ids and weights may be replaced
+    before the experts run (cache-aware routing).
+    """
+
+    h: A
+    logits: F32Array
+    ids: I32Array
+    weights: F32Array
+
+
+class MoeCall(Protocol):
+    """The experts of one layer for the tokens of one step, computed in any order as they become
+    available; the sum is taken in rank order, so the result does not depend on that order."""
+
+    def shared(self) -> None:
+        """Compute the shared expert, if the layer has one. Call once, any time before finish."""
+
+    def run(self, experts: Sequence[tuple[int, int, int, int]]) -> None:
+        """Compute the given (expert, gate address, up address, down address) for every token that
+        picked them. Addresses are of host memory that stays valid until the call returns."""
+
+    def finish(self, x: A) -> None:
+        """x[t] += sum over ranks of weight * output + shared. Every picked expert must have run."""
+
+
+class Ops(Protocol):
+    """A backend. One instance serves one engine; calls come from one thread at a time."""
+
+    name: str
+
+    def weight(self, tensor: Tensor) -> W:
+        """A handle for a matrix [rows, cols] of any quantisation type."""
+
+    def vector(self, tensor: Tensor) -> A:
+        """A float32 vector or small array of the tensor's shape."""
+
+    def buffer(self, rows: int, cols: int) -> A:
+        """An uninitialised float32 activation buffer; models make theirs once, at load."""
+
+    def embed(self, tensor_type: QuantType, rows: npt.NDArray[np.uint8], out: A) -> None:
+        """Dequantise rows (uint8 [T, row_bytes], as they lie in the file) into out [T, hidden]."""
+
+    def linear(
+        self, x: A, weights: Sequence[W], outs: Sequence[A], *, norm: A | None = None, eps: float = 0.0
+    ) -> None:
+        """outs[i] = RMS(x, norm, eps) @ weights[i].T, or x @ weights[i].T where norm is None."""
+
+    def linear_add(self, x: A, weight: W, out: A) -> None:
+        """out += x @ weight.T (the residual)."""
+
+    def attention(
+        self,
+        spec: AttentionSpec,
+        q: A,
+        k: A,
+        v: A,
+        q_norm: A | None,
+        k_norm: A | None,
+        cache: KvCache,
+        segments: Sequence[Segment],
+        out: A,
+    ) -> None:
+        """Per-head RMS norm of q and k, RoPE, append to the cache, causal attention, gate.
+
+        q [T, heads * head_dim * (2 if gated)], k and v [T, kv_heads * head_dim] may be overwritten.
+        out [T, heads * head_dim].
+        """
+
+    def delta_net(
+        self,
+        spec: DeltaSpec,
+        layer: int,
+        qkv: A,
+        z: A,
+        beta: A,
+        alpha: A,
+        conv_weight: A,
+        dt_bias: A,
+        a: A,
+        norm: A,
+        segments: Sequence[Segment],
+        out: A,
+    ) -> None:
+        """Gated delta-net: convolution, gates, recurrence, gated norm.
+
+        qkv [T, conv_dim] before the convolution, z [T, value_dim], beta and alpha [T, v_heads] as the
+        projections gave them (before sigmoid and softplus), conv_weight [conv_dim, conv_kernel],
+        dt_bias, a [v_heads], norm [head_dim]. Reads and updates segment.delta[layer]. out [T, value_dim].
+        """
+
+    def route(self, spec: MoeSpec, x: A, norm: A, eps: float, router: W) -> Routing:
+        """Norm x, multiply with the router (float32), softmax over all experts, pick the top k."""
+
+    def moe(
+        self,
+        spec: MoeSpec,
+        routing: Routing,
+        shared: tuple[W, W, W, W | None] | None,
+    ) -> MoeCall:
+        """Begin the experts of a layer. `shared`: gate, up, down, and the [1, hidden] sigmoid gate."""

@@ -1,0 +1,23 @@
+/* A pool of compute threads.
+ *
+ * Owns: the threads and how they wait (spin briefly, then sleep on a futex).
+ * Does not know: what is computed.
+ */
+#ifndef FOMOE_POOL_H
+#define FOMOE_POOL_H
+
+typedef struct fomoe_pool fomoe_pool;
+
+/* Called once per task; `thread` is 0 (the caller) .. num_threads-1. */
+typedef void (*fomoe_task_fn)(void *arg, int task, int thread);
+
+/* A pool of `num_threads` threads, the caller of run() being one of them. NULL when out of memory. */
+fomoe_pool *fomoe_pool_create(int num_threads);
+void fomoe_pool_destroy(fomoe_pool *pool);
+int fomoe_pool_num_threads(const fomoe_pool *pool);
+
+/* Runs fn(arg, 0..num_tasks-1, thread); tasks are claimed one by one, in order. Returns when all are done.
+ * One caller at a time. */
+void fomoe_pool_run(fomoe_pool *pool, int num_tasks, fomoe_task_fn fn, void *arg);
+
+#endif
