@@ -1,7 +1,7 @@
 """What the rest of fomoe knows of reading: extents in, bytes in memory, a callback out.
 
-Owns: the interface that the io_uring ring and the thread pool both implement. Does not know: tensors,
-experts, asyncio tasks.
+Owns: the interface that the io_uring ring and the thread pool both implement. Does not know:
+tensors, experts, asyncio tasks.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import NamedTuple, Protocol
 class Extent(NamedTuple):
     """`length` bytes at `offset` of file number `file`, to be put at memory `address`.
 
-    With direct I/O all three of offset, length and address are multiples of the reader's alignment; the
-    end may lie past the end of the file, up to `needed` bytes from the start must exist.
+    With direct I/O all three of offset, length and address are multiples of the reader's alignment;
+    the end may lie past the end of the file, up to `needed` bytes from the start must exist.
     """
 
     file: int
@@ -35,10 +35,10 @@ class Priority(enum.IntEnum):
 class ReadRequest:
     """Extents that complete as one (the slices of an expert).
 
-    `done(request)` is called on the event loop's thread exactly once, when the kernel will not write to
-    the memory any more: all extents landed (`error` is None), or one failed for good after its retries,
-    or the request was cancelled before it started (`cancelled`). The memory belongs to the reader from
-    submit until then. Times are of time.perf_counter_ns.
+    `done(request)` is called on the event loop's thread exactly once, when the kernel will not
+    write to the memory any more: all extents landed (`error` is None), or one failed for good after
+    its retries, or the request was cancelled before it started (`cancelled`). The memory belongs to
+    the reader from submit until then. Times are of time.perf_counter_ns.
     """
 
     extents: Sequence[Extent]
@@ -64,7 +64,8 @@ class ReaderStats:
 
 
 class Reader(Protocol):
-    """Reads from a fixed set of files into caller-owned memory. Methods are called on the event loop's
+    """Reads from a fixed set of files into caller-owned memory. Methods are called on the event
+    loop's
     thread only."""
 
     name: str  # "io_uring" or "threads"
@@ -80,7 +81,8 @@ class Reader(Protocol):
         """Queue requests; all that fit in flight reach the kernel in one call before this returns."""
 
     def cancel(self, request: ReadRequest) -> bool:
-        """Take back a request that has not started: `done` is called with cancelled set. False when it
+        """Take back a request that has not started: `done` is called with cancelled set. False when
+        it
         is in flight already: it then runs to its end."""
 
     def promote(self, request: ReadRequest) -> None:

@@ -1,8 +1,8 @@
 """The operations that a model's forward is written in: the seam between models and backends.
 
-Owns: the signatures. A backend (reference, cpu, gpu) implements `Ops`; a model file calls it and does
-not know which one runs. Activations `A` are float32 arrays [tokens, width] of the backend (numpy for
-reference and cpu). Weights are opaque handles that the backend made from a `Tensor`.
+Owns: the signatures. A backend (reference, cpu, gpu) implements `Ops`; a model file calls it and
+does not know which one runs. Activations `A` are float32 arrays [tokens, width] of the backend
+(numpy for reference and cpu). Weights are opaque handles that the backend made from a `Tensor`.
 
 T below is the number of tokens of a step: the rows of all its segments, one after the other.
 """
@@ -15,7 +15,6 @@ from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
-
 from fomoe.kernels.table import QuantType
 
 A = Any  # a float32 activation array of the backend, [tokens, width], rows contiguous
@@ -28,8 +27,9 @@ I32Array = npt.NDArray[np.int32]
 class Tensor:
     """A quantised tensor in host memory.
 
-    `shape` is row-major; the last dimension is the quantised one. `data` is uint8, exactly nbytes long,
-    at any alignment; whoever made it keeps it valid and unchanged for as long as the tensor is used.
+    `shape` is row-major; the last dimension is the quantised one. `data` is uint8, exactly nbytes
+    long, at any alignment; whoever made it keeps it valid and unchanged for as long as the tensor
+    is used.
     """
 
     name: str
@@ -42,8 +42,8 @@ class Tensor:
 class AttentionSpec:
     """Softmax attention of one layer, RoPE NEOX on the first `rope_dims` of every head.
 
-    `gated`: q rows hold [query D | gate D] per head (Qwen3-Next/3.5) and the output is multiplied by
-    sigmoid(gate). Head h reads kv head h // (heads // kv_heads).
+    `gated`: q rows hold [query D | gate D] per head (Qwen3-Next/3.5) and the output is multiplied
+    by sigmoid(gate). Head h reads kv head h // (heads // kv_heads).
     """
 
     heads: int
@@ -85,9 +85,9 @@ class DeltaSpec:
 class MoeSpec:
     """The routed experts of one layer: gate and up [ff, hidden], down [hidden, ff] of each expert.
 
-    `gate_type` and `up_type` differ only in odd mixes; with a fused gate_up tensor they are equal and
-    the up rows follow the gate rows. `top_k` experts a token, weights renormalised over the picks when
-    `renormalise`, then multiplied by `weights_scale`.
+    `gate_type` and `up_type` differ only in odd mixes; with a fused gate_up tensor they are equal
+    and the up rows follow the gate rows. `top_k` experts a token, weights renormalised over the
+    picks when `renormalise`, then multiplied by `weights_scale`.
     """
 
     num_experts: int
@@ -125,7 +125,8 @@ class DeltaState:
 
 @dataclass(slots=True)
 class Segment:
-    """Consecutive tokens of one sequence in a step: rows [start, start + length) of the activations,
+    """Consecutive tokens of one sequence in a step: rows [start, start + length) of the
+    activations,
     at positions [position, position + length). `pages` is the sequence's page table, int32; `delta`
     has one entry per layer, None where the layer has no recurrent state."""
 
@@ -185,7 +186,13 @@ class Ops(Protocol):
         """Dequantise rows (uint8 [T, row_bytes], as they lie in the file) into out [T, hidden]."""
 
     def linear(
-        self, x: A, weights: Sequence[W], outs: Sequence[A], *, norm: A | None = None, eps: float = 0.0
+        self,
+        x: A,
+        weights: Sequence[W],
+        outs: Sequence[A],
+        *,
+        norm: A | None = None,
+        eps: float = 0.0,
     ) -> None:
         """outs[i] = RMS(x, norm, eps) @ weights[i].T, or x @ weights[i].T where norm is None."""
 
@@ -227,9 +234,10 @@ class Ops(Protocol):
     ) -> None:
         """Gated delta-net: convolution, gates, recurrence, gated norm.
 
-        qkv [T, conv_dim] before the convolution, z [T, value_dim], beta and alpha [T, v_heads] as the
-        projections gave them (before sigmoid and softplus), conv_weight [conv_dim, conv_kernel],
-        dt_bias, a [v_heads], norm [head_dim]. Reads and updates segment.delta[layer]. out [T, value_dim].
+        qkv [T, conv_dim] before the convolution, z [T, value_dim], beta and alpha [T, v_heads] as
+        the projections gave them (before sigmoid and softplus), conv_weight [conv_dim,
+        conv_kernel], dt_bias, a [v_heads], norm [head_dim]. Reads and updates segment.delta[layer].
+        out [T, value_dim].
         """
 
     def route(self, spec: MoeSpec, x: A, norm: A, eps: float, router: W) -> Routing:
