@@ -78,7 +78,7 @@ class Reader(Protocol):
         False when it cannot (RLIMIT_MEMLOCK): reads work all the same."""
 
     def submit(self, requests: Sequence[ReadRequest], priority: Priority = Priority.DEMAND) -> None:
-        """Queue requests; all that fit in flight reach the kernel in one call before this returns."""
+        """Queue requests; what fits in flight reaches the kernel in one call here."""
 
     def cancel(self, request: ReadRequest) -> bool:
         """Take back a request that has not started: `done` is called with cancelled set. False when

@@ -58,8 +58,11 @@ class AttentionSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeltaSpec:
-    """Gated delta-net of one layer. `tiled`: V head h uses K head h % k_heads (qwen35moe), else
-    h // (v_heads // k_heads) (qwen3next). conv_dim = 2 * k_heads * head_dim + v_heads * head_dim."""
+    """Gated delta-net of one layer.
+
+    `tiled`: V head h uses K head h % k_heads (qwen35moe), else h // (v_heads // k_heads)
+    (qwen3next). conv_dim = 2 * k_heads * head_dim + v_heads * head_dim.
+    """
 
     k_heads: int
     v_heads: int
@@ -104,7 +107,7 @@ class MoeSpec:
 @dataclass(slots=True)
 class KvCache:
     """Keys and values of one attention layer: [pages, kv_heads, page_tokens, head_dim], float16 or
-    float32. A sequence finds its tokens through its page table; pages are shared by all sequences."""
+    float32. A sequence finds its tokens through its page table; all sequences share the pages."""
 
     k: A
     v: A
@@ -249,4 +252,4 @@ class Ops(Protocol):
         routing: Routing,
         shared: tuple[W, W, W, W | None] | None,
     ) -> MoeCall:
-        """Begin the experts of a layer. `shared`: gate, up, down, and the [1, hidden] sigmoid gate."""
+        """Begin a layer's experts. `shared`: gate, up, down, and the [1, hidden] sigmoid gate."""
