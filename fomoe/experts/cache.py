@@ -1,0 +1,280 @@
+"""Who stays: which experts of a layer hold a slot, and which one leaves when room is needed.
+
+Owns: slot numbers by expert, and the policies that score experts by their use. Does not know:
+bytes, files, reads, time; its clock counts tokens, so a recorded routing replays exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from fomoe.errors import RequestError
+
+BoolArray = npt.NDArray[np.bool_]
+F64Array = npt.NDArray[np.float64]
+Ids = Sequence[int] | npt.NDArray[np.integer]
+Amounts = float | npt.NDArray[np.floating]
+
+_RESCALE = 512.0  # half-lives after which growing scores are scaled back; float64 holds 1,023
+
+
+class Policy(Protocol):
+    """Scores `size` things by how much they deserve a slot.
+
+    Scores of experts that hold no slot are kept as well (their past counts when they come back).
+    The things are usually the experts of one layer; the simulator scores all layers in one go, with
+    thing = layer * num_experts + expert.
+    """
+
+    name: str
+    wants_probabilities: bool  # observe() must be called with every token's full router row
+
+    def touch(self, things: Ids, clock: int, amount: Amounts = 1.0) -> None:
+        """The distinct things that one event used; `amount` weighs each (how many tokens of a batch
+        picked it, say). `clock` counts tokens and never goes back."""
+
+    def observe(self, probabilities: npt.NDArray[np.floating], clock: int) -> None:
+        """The router's probability of every thing ([size]) for one token."""
+
+    def admitted(self, thing: int, clock: int) -> None:
+        """The thing was given a slot."""
+
+    def scores(self, clock: int) -> F64Array:
+        """[size], the lowest leaves first. May be the policy's own array: not to be written to."""
+
+
+class _Base:
+    """What a policy need not care about, it inherits."""
+
+    wants_probabilities = False
+
+    def __init__(self, size: int) -> None:
+        self._scores: F64Array = np.zeros(size)
+
+    def observe(self, probabilities: npt.NDArray[np.floating], clock: int) -> None:
+        pass
+
+    def admitted(self, thing: int, clock: int) -> None:
+        pass
+
+    def scores(self, clock: int) -> F64Array:
+        return self._scores
+
+
+class Lru(_Base):
+    """The least recently used one leaves."""
+
+    name = "lru"
+
+    def touch(self, things: Ids, clock: int, amount: Amounts = 1.0) -> None:
+        self._scores[things] = clock + 1
+
+
+class LeastStale(_Base):
+    """First in, first out among those that the current token has not used (SpecMD, 2602.03921, of
+    which a per-layer pool has the other half, passed layers first, built in)."""
+
+    name = "least-stale"
+
+    def __init__(self, size: int) -> None:
+        super().__init__(size)
+        self._used = np.full(size, -1, np.int64)
+        self._order = 0
+
+    def touch(self, things: Ids, clock: int, amount: Amounts = 1.0) -> None:
+        self._used[things] = clock
+
+    def admitted(self, thing: int, clock: int) -> None:
+        self._order += 1
+        self._scores[thing] = self._order
+
+    def scores(self, clock: int) -> F64Array:
+        return np.where(self._used == clock, np.inf, self._scores)
+
+
+class Lfru(_Base):
+    """The largest age / (1 + uses) leaves (2608.07911); uses halve with `half_life` tokens."""
+
+    name = "lfru"
+
+    def __init__(self, size: int, half_life: float = 1024.0) -> None:
+        super().__init__(size)
+        self._uses = _Decayed(size, half_life)
+        self._last = np.full(size, -1.0)
+
+    def touch(self, things: Ids, clock: int, amount: Amounts = 1.0) -> None:
+        self._uses.add(things, clock, amount)
+        self._last[things] = clock
+
+    def scores(self, clock: int) -> F64Array:
+        return (self._last - (clock + 1.0)) / (1.0 + self._uses.values(clock))
+
+
+class Lfu(_Base):
+    """The smallest count of uses leaves, counts halving every `half_life` tokens.
+
+    The decay is smooth (LRFU, Lee et al. 2001) rather than stepped: equal counts are then told
+    apart by recency, with one float per expert and no work for those that were not used.
+    """
+
+    name = "lfu"
+
+    def __init__(self, size: int, half_life: float = 128.0) -> None:
+        super().__init__(size)
+        self._uses = _Decayed(size, half_life)
+
+    def touch(self, things: Ids, clock: int, amount: Amounts = 1.0) -> None:
+        self._uses.add(things, clock, amount)
+
+    def scores(self, clock: int) -> F64Array:
+        return self._uses.scaled
+
+
+class RouterMass(_Base):
+    """The smallest decayed sum of router probability leaves; every expert's probability counts, not
+    only the picked ones'. Without observe() it scores by the amounts of touch()."""
+
+    name = "mass"
+    wants_probabilities = True
+
+    def __init__(self, size: int, half_life: float = 128.0) -> None:
+        super().__init__(size)
+        self._mass = _Decayed(size, half_life)
+
+    def touch(self, things: Ids, clock: int, amount: Amounts = 1.0) -> None:
+        # A pick that observe() has not counted still marks its expert as alive.
+        self._mass.add(things, clock, 1e-6)
+
+    def observe(self, probabilities: npt.NDArray[np.floating], clock: int) -> None:
+        self._mass.add(slice(None), clock, probabilities)
+
+    def scores(self, clock: int) -> F64Array:
+        return self._mass.scaled
+
+
+class _Decayed:
+    """Sums that halve every `half_life` tokens. Instead of shrinking all sums, the unit grows."""
+
+    def __init__(self, size: int, half_life: float) -> None:
+        self.scaled: F64Array = np.zeros(size)  # values times 2 ** ((clock - base) / half_life)
+        self._half_life = half_life
+        self._base = 0.0
+
+    def _unit(self, clock: int) -> float:
+        exponent = (clock - self._base) / self._half_life
+        if exponent > _RESCALE:
+            self.scaled *= 2.0**-exponent
+            self._base = float(clock)
+            exponent = 0.0
+        return float(2.0**exponent)
+
+    def add(self, things: Ids | slice, clock: int, amount: Amounts) -> None:
+        self.scaled[things] += amount * self._unit(clock)
+
+    def values(self, clock: int) -> F64Array:
+        return self.scaled / self._unit(clock)
+
+
+_POLICIES = {p.name: p for p in (Lru, LeastStale, Lfru, Lfu, RouterMass)}
+_WITH_HALF_LIFE = (Lfru, Lfu, RouterMass)
+
+
+def make_policy(spec: str, size: int) -> Policy:
+    """A policy by name: lru, least-stale, lfu, lfru or mass; the last three take a half-life
+    in tokens, as in "lfu:64". Raises RequestError."""
+    name, _, argument = spec.partition(":")
+    kind = _POLICIES.get(name)
+    if kind is None:
+        raise RequestError(f"no cache policy {name!r}; there are {', '.join(sorted(_POLICIES))}")
+    if not argument:
+        return kind(size)
+    if kind not in _WITH_HALF_LIFE:
+        raise RequestError(f"cache policy {name!r} takes no argument, but {argument!r} was given")
+    try:
+        half_life = float(argument)
+    except ValueError:
+        half_life = -1.0
+    if not 0.0 < half_life < 1e9:
+        raise RequestError(f"cache policy {spec!r}: the half-life is a positive number of tokens")
+    return kind(size, half_life)
+
+
+class ExpertCache:
+    """The slots of one layer.
+
+    The picks of one token at one layer (or of a batch of tokens) are one event: touch() them first,
+    then make room with them protected, so that no pick of an event ever evicts another.
+    An expert whose read is under way holds a slot of the store, and enters here when it has landed.
+    """
+
+    def __init__(self, num_experts: int, capacity: int, policy: Policy) -> None:
+        self.num_experts = num_experts
+        self.capacity = capacity  # may be changed at any time; see `excess`
+        self.policy = policy
+        self.resident: BoolArray = np.zeros(num_experts, np.bool_)  # read-only to others
+        self._slot_of = [-1] * num_experts
+        self._count = 0
+        self._clock = 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    @property
+    def excess(self) -> int:
+        """How many residents must leave before one more may enter; <= 0 where there is room."""
+        return self._count + 1 - self.capacity
+
+    def lookup(self, expert: int) -> int:
+        """The expert's slot, or -1."""
+        return self._slot_of[expert]
+
+    def touch(self, experts: Ids, clock: int, amount: Amounts = 1.0) -> None:
+        """One event: the distinct experts that it uses, resident or not. `clock` counts tokens."""
+        self._clock = clock
+        self.policy.touch(experts, clock, amount)
+
+    def observe(self, probabilities: npt.NDArray[np.floating], clock: int) -> None:
+        """The router's probability of every expert for one token, where the policy wants it."""
+        self._clock = clock
+        self.policy.observe(probabilities, clock)
+
+    def admit(self, expert: int, slot: int) -> None:
+        """The expert's bytes are in `slot` now."""
+        assert self._slot_of[expert] < 0 <= slot, "an expert is admitted once, into a real slot"
+        self._slot_of[expert] = slot
+        self.resident[expert] = True
+        self._count += 1
+        self.policy.admitted(expert, self._clock)
+
+    def evict(self, expert: int) -> int:
+        """Take the expert's slot away and return it."""
+        slot = self._slot_of[expert]
+        assert slot >= 0, "only a resident can be evicted"
+        self._slot_of[expert] = -1
+        self.resident[expert] = False
+        self._count -= 1
+        return slot
+
+    def victim(self, protected: Ids = ()) -> int | None:
+        """The resident that deserves its slot least, none of `protected`; None where all are.
+        Ties: the lowest expert number."""
+        candidates = self.resident.copy()
+        if len(protected):
+            candidates[protected] = False
+        worth = np.where(candidates, self.policy.scores(self._clock), np.inf)
+        least = int(worth.argmin())
+        return least if candidates[least] else None
+
+    def victims(self, count: int, protected: Ids = ()) -> list[int]:
+        """Up to `count` residents in the order in which victim() would name them."""
+        candidates = self.resident.copy()
+        if len(protected):
+            candidates[protected] = False
+        experts = np.flatnonzero(candidates)
+        order = np.argsort(self.policy.scores(self._clock)[experts], kind="stable")
+        victims: list[int] = experts[order[:count]].tolist()
+        return victims
