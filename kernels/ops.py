@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+
 from fomoe.kernels.table import QuantType
 
 A = Any  # a float32 activation array of the backend, [tokens, width], rows contiguous
