@@ -130,6 +130,18 @@ def test_least_stale_is_first_in_first_out_but_for_the_present() -> None:
     assert cache.victims(4) == [0, 2, 3, 1]
 
 
+def test_lfu_is_a_sum_of_halving_uses_however_long_it_runs() -> None:
+    rng = np.random.default_rng(0)
+    policy = make_policy("lfu:2", 8)
+    plain = np.zeros(8)
+    for clock in range(3000):
+        used = rng.choice(8, 3, replace=False)
+        policy.touch(used, clock)
+        plain *= 2**-0.5
+        plain[used] += 1
+        assert (np.argsort(policy.scores(clock)) == np.argsort(plain)).all()
+
+
 @pytest.mark.parametrize("policy", ["lfu:1", "lfru:1", "mass:1"])
 def test_sums_stay_finite_for_ever(policy: str) -> None:
     cache = filled(policy)

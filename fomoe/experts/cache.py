@@ -173,7 +173,8 @@ class _Decayed:
         return float(2.0**exponent)
 
     def add(self, things: Ids | slice, clock: int, amount: Amounts) -> None:
-        self.scaled[things] += amount * self._unit(clock)
+        unit = self._unit(clock)  # first: it may rescale what is added to
+        self.scaled[things] += amount * unit
 
     def values(self, clock: int) -> F64Array:
         return self.scaled / self._unit(clock)
