@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fomoe.errors import RequestError
-from fomoe.experts.cache import ExpertCache, make_policy
+from fomoe.experts.cache import ExpertCache, make_policy, prompt_amounts
 
-POLICIES = ["lru", "lfu", "lfru", "mass", "least-stale", "lfu:16"]
+POLICIES = ["lru", "lfu", "lfru", "mass", "lfu:16"]
 
 
 def filled(policy: str, num_experts: int = 8, capacity: int = 4) -> ExpertCache:
@@ -106,13 +106,22 @@ def test_lfu_remembers_those_without_a_slot() -> None:
 
 
 def test_lfru_weighs_age_by_uses() -> None:
-    cache = filled("lfru")
+    cache = filled("lfru:1000")
     for clock in range(9):
         cache.touch([0], clock)
-    cache.touch([1], 14)
-    # At clock 19: expert 0 has age 11 and 9 uses, expert 1 age 5 and one use.
-    cache.touch([2, 3], 19)
+    cache.touch([1], 8 + 79)
+    # At clock 88: expert 0 has 81 ** (1/4) / 10, expert 1 has 2 ** (1/4) / 2.
+    cache.touch([2, 3], 88)
     assert cache.victim([2, 3]) == 1
+    cache.touch([1], 89)
+    cache.touch([1], 90)
+    cache.touch([1], 91)
+    cache.touch([2, 3], 92)
+    assert cache.victim([2, 3]) == 0
+
+
+def test_a_prompt_counts_less_than_its_answer() -> None:
+    assert prompt_amounts(np.array([1, 4, 100])).tolist() == [0.5, 1.0, 5.0]
 
 
 def test_mass_counts_probabilities_of_the_unpicked() -> None:
@@ -120,14 +129,6 @@ def test_mass_counts_probabilities_of_the_unpicked() -> None:
     cache.observe(np.array([0.1, 0.2, 0.3, 0.05, 0.35, 0, 0, 0], np.float32), 0)
     cache.touch([4], 0)
     assert cache.victims(4) == [3, 0, 1, 2]
-
-
-def test_least_stale_is_first_in_first_out_but_for_the_present() -> None:
-    cache = filled("least-stale")
-    cache.touch([0], 3)
-    assert cache.victims(4) == [1, 2, 3, 0]
-    cache.touch([1], 4)
-    assert cache.victims(4) == [0, 2, 3, 1]
 
 
 def test_lfu_is_a_sum_of_halving_uses_however_long_it_runs() -> None:
