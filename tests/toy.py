@@ -305,9 +305,9 @@ def _add_hybrid_metadata(writer: gguf.GGUFWriter, toy: Toy) -> None:
 
 
 def rope_sections(toy: Toy) -> list[int]:
-    """Time, height and width sections that cover half of the rotated dimensions."""
+    """Rotated pairs whose position is time, height and width: dealt out in turn."""
     pairs = toy.rope_dims // 2
-    return [pairs - 2 * (pairs // 3), pairs // 3, pairs // 3, 0]
+    return [(pairs + 2) // 3, (pairs + 1) // 3, pairs // 3, 0]
 
 
 def _add_tokenizer(writer: gguf.GGUFWriter, toy: Toy) -> None:

@@ -1,0 +1,262 @@
+"""The parts of a forward, composed of Ops calls: mixers, layers, the model around them.
+
+Owns: the order of operations in a block, and the activation buffers, made once. Does not know:
+which architecture composes them, which backend runs, where experts come from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from fomoe.kernels.ops import (
+    A,
+    AttentionSpec,
+    DeltaSpec,
+    KvCache,
+    MoeCall,
+    Ops,
+    Routing,
+    Segment,
+    Tensor,
+    W,
+)
+from fomoe.models.base import OUTPUT, OUTPUT_NORM, HyperParameters, LayerParameters, WeightSource
+
+# Rows of logits that the head computes in one call: a row of a large vocabulary is a megabyte.
+HEAD_ROWS = 32
+
+_ALIGNMENT = 16  # floats: pieces of the scratch start at cache lines
+
+
+class Workspace:
+    """Scratch memory that the mixers of all layers share, one after the other."""
+
+    def __init__(self, ops: Ops, widths: int, max_tokens: int) -> None:
+        self._flat = ops.buffer(1, _scratch_floats(widths, max_tokens))[0]
+        self._taken: dict[tuple[int, ...], tuple[int, list[A]]] = {}
+
+    def take(self, tokens: int, widths: tuple[int, ...]) -> list[A]:
+        """Uninitialised activations [tokens, width] of each width, valid until the next take."""
+        taken_tokens, views = self._taken.get(widths, (0, []))
+        if taken_tokens == tokens:
+            return views
+        sizes = [-(-tokens * width // _ALIGNMENT) * _ALIGNMENT for width in widths]
+        starts = accumulate(sizes[:-1], initial=0)
+        views = [
+            self._flat[start : start + tokens * width].reshape(tokens, width)
+            for start, width in zip(starts, widths, strict=True)
+        ]
+        self._taken[widths] = tokens, views
+        return views
+
+
+def attention_widths(spec: AttentionSpec) -> tuple[int, ...]:
+    """q (with its gate), k, v and the output."""
+    inner, kv = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
+    return (2 * inner if spec.gated else inner), kv, kv, inner
+
+
+def delta_widths(spec: DeltaSpec) -> tuple[int, ...]:
+    """qkv, z, beta, alpha and the output."""
+    return spec.conv_dim, spec.value_dim, spec.v_heads, spec.v_heads, spec.value_dim
+
+
+def buffer_bytes(hp: HyperParameters, max_tokens: int) -> int:
+    """Bytes that a model takes by Ops.buffer for steps of at most `max_tokens`."""
+    head = min(max_tokens, HEAD_ROWS) * hp.vocab_size
+    return 4 * (max_tokens * hp.hidden + _scratch_floats(_scratch_width(hp), max_tokens) + head)
+
+
+def _scratch_floats(widths: int, max_tokens: int) -> int:
+    return max_tokens * widths + 8 * _ALIGNMENT
+
+
+def _scratch_width(hp: HyperParameters) -> int:
+    """Floats a token of the widest mixer."""
+    attention = (sum(attention_widths(p.attention)) for p in hp.layers if p.attention)
+    delta = (sum(delta_widths(p.delta)) for p in hp.layers if p.delta)
+    return max((*attention, *delta))
+
+
+class Mixer(Protocol):
+    """What mixes tokens with earlier ones."""
+
+    def mix(self, x: A, segments: Sequence[Segment], cache: KvCache | None) -> None:
+        """x += mixer(RMS(x)), in place."""
+
+
+class AttentionMixer:
+    """Softmax attention over the cached tokens of each sequence."""
+
+    def __init__(self, builder: Builder, layer: int, spec: AttentionSpec) -> None:
+        p = f"blk.{layer}.attn_"
+        self._ops, self._spec, self._eps = builder.ops, spec, builder.hp.eps
+        self._workspace = builder.workspace
+        self._norm = builder.vector(f"{p}norm.weight")
+        self._qkv = builder.attention_inputs(layer, spec)
+        self._q_norm = builder.vector(f"{p}q_norm.weight")
+        self._k_norm = builder.vector(f"{p}k_norm.weight")
+        self._output = builder.weight(f"{p}output.weight")
+        self._widths = attention_widths(spec)
+
+    def mix(self, x: A, segments: Sequence[Segment], cache: KvCache | None) -> None:
+        assert cache is not None, "attention without a cache"
+        ops = self._ops
+        q, k, v, out = self._workspace.take(len(x), self._widths)
+        ops.linear(x, self._qkv, [q, k, v], norm=self._norm, eps=self._eps)
+        ops.attention(self._spec, q, k, v, self._q_norm, self._k_norm, cache, segments, out)
+        ops.linear_add(out, self._output, x)
+
+
+class DeltaMixer:
+    """Gated delta-net: a recurrent state in each segment instead of a cache."""
+
+    def __init__(
+        self, builder: Builder, layer: int, spec: DeltaSpec, beta: Tensor, alpha: Tensor
+    ) -> None:
+        p = f"blk.{layer}."
+        self._ops, self._layer, self._spec, self._eps = builder.ops, layer, spec, builder.hp.eps
+        self._workspace = builder.workspace
+        self._norm = builder.vector(f"{p}attn_norm.weight")
+        self._inputs = [
+            builder.weight(f"{p}attn_qkv.weight"),
+            builder.weight(f"{p}attn_gate.weight"),
+            builder.ops.weight(beta),
+            builder.ops.weight(alpha),
+        ]
+        self._conv = builder.vector(f"{p}ssm_conv1d.weight")
+        self._dt_bias = builder.vector(f"{p}ssm_dt.bias")
+        self._a = builder.vector(f"{p}ssm_a")
+        self._out_norm = builder.vector(f"{p}ssm_norm.weight")
+        self._output = builder.weight(f"{p}ssm_out.weight")
+        self._widths = delta_widths(spec)
+
+    def mix(self, x: A, segments: Sequence[Segment], cache: KvCache | None) -> None:
+        ops = self._ops
+        qkv, z, beta, alpha, out = self._workspace.take(len(x), self._widths)
+        ops.linear(x, self._inputs, [qkv, z, beta, alpha], norm=self._norm, eps=self._eps)
+        ops.delta_net(
+            self._spec,
+            self._layer,
+            qkv,
+            z,
+            beta,
+            alpha,
+            self._conv,
+            self._dt_bias,
+            self._a,
+            self._out_norm,
+            segments,
+            out,
+        )
+        ops.linear_add(out, self._output, x)
+
+
+class Layer:
+    """One trunk layer, in the steps between which the engine reads experts."""
+
+    def __init__(
+        self, builder: Builder, parameters: LayerParameters, mixer: Mixer, ffn_norm: str
+    ) -> None:
+        p = f"blk.{parameters.index}."
+        self.parameters = parameters
+        self._ops, self._mixer, self._eps = builder.ops, mixer, builder.hp.eps
+        self._norm = builder.vector(p + ffn_norm)
+        self._router = builder.weight(f"{p}ffn_gate_inp.weight")
+        self._shared = builder.shared_expert(parameters) if parameters.shared_ff else None
+
+    def mix(self, x: A, segments: Sequence[Segment], cache: KvCache | None) -> None:
+        """x += Mixer(RMS(x)), in place. x [T, hidden]; `cache` is None for a recurrent layer."""
+        self._mixer.mix(x, segments, cache)
+
+    def route(self, x: A) -> Routing:
+        """What the router says of x [T, hidden], which may be another layer's residual stream."""
+        return self._ops.route(self.parameters.moe, x, self._norm, self._eps, self._router)
+
+    def experts(self, routing: Routing) -> MoeCall:
+        """Begin the experts of this layer, the shared one included."""
+        return self._ops.moe(self.parameters.moe, routing, self._shared)
+
+
+class Model:
+    """A whole model but for its experts. Steps are of at most `max_tokens` tokens."""
+
+    def __init__(self, builder: Builder, layers: Sequence[Layer]) -> None:
+        hp = builder.hp
+        self.parameters = hp
+        self.layers = tuple(layers)
+        self._ops = builder.ops
+        self._x = builder.ops.buffer(builder.max_tokens, hp.hidden)
+        self._logits = builder.ops.buffer(min(builder.max_tokens, HEAD_ROWS), hp.vocab_size)
+        self._norm = builder.vector(OUTPUT_NORM)
+        self._output = builder.weight(hp.embedding if hp.tied_head else OUTPUT)
+
+    def embed(self, rows: npt.NDArray[np.uint8]) -> A:
+        """The residual stream [T, hidden] of embedding rows as they lie in the file, uint8
+        [T, row_bytes]: a view of the model's own buffer, good until the next step."""
+        x = self._x[: len(rows)]
+        self._ops.embed(self.parameters.embedding_type, rows, x)
+        return x
+
+    def head(self, x: A) -> A:
+        """Logits float32 [n, vocab] of at most HEAD_ROWS rows x [n, hidden]: a view of the model's
+        own buffer, good until the next call."""
+        logits = self._logits[: len(x)]
+        self._ops.linear(x, [self._output], [logits], norm=self._norm, eps=self.parameters.eps)
+        return logits
+
+
+class Builder:
+    """Makes the parts of one model: weights become the backend's handles."""
+
+    def __init__(
+        self, hp: HyperParameters, ops: Ops, weights: WeightSource, max_tokens: int
+    ) -> None:
+        self.hp, self.ops, self.max_tokens = hp, ops, max_tokens
+        self.workspace = Workspace(ops, _scratch_width(hp), max_tokens)
+        self._weights = weights
+
+    def tensor(self, name: str) -> Tensor:
+        return self._weights.tensor(name)
+
+    def weight(self, name: str) -> W:
+        return self.ops.weight(self.tensor(name))
+
+    def vector(self, name: str) -> A:
+        return self.ops.vector(self.tensor(name))
+
+    def attention_inputs(self, layer: int, spec: AttentionSpec) -> list[W]:
+        """The projections q, k, v: three tensors, or the rows of a fused one."""
+        p = f"blk.{layer}.attn_"
+        if f"{p}qkv.weight" not in self._weights:
+            return [self.weight(f"{p}{name}.weight") for name in "qkv"]
+        fused = self.tensor(f"{p}qkv.weight")
+        ends = list(accumulate(attention_widths(spec)[:3], initial=0))
+        return [self.ops.weight(row_range(fused, start, end)) for start, end in pairwise(ends)]
+
+    def shared_expert(self, parameters: LayerParameters) -> tuple[W, W, W, W | None]:
+        p = f"blk.{parameters.index}.ffn_"
+        gate = self.tensor(f"{p}gate_inp_shexp.weight")
+        row = Tensor(name=gate.name, type=gate.type, shape=(1, self.hp.hidden), data=gate.data)
+        return (
+            self.weight(f"{p}gate_shexp.weight"),
+            self.weight(f"{p}up_shexp.weight"),
+            self.weight(f"{p}down_shexp.weight"),
+            self.ops.weight(row),
+        )
+
+
+def row_range(tensor: Tensor, start: int, end: int) -> Tensor:
+    """Rows [start, end) of a matrix, in the same memory."""
+    row_bytes = tensor.type.row_bytes(tensor.shape[1])
+    return Tensor(
+        name=f"{tensor.name}[{start}:{end}]",
+        type=tensor.type,
+        shape=(end - start, tensor.shape[1]),
+        data=tensor.data[start * row_bytes : end * row_bytes],
+    )
