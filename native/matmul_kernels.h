@@ -1,0 +1,21 @@
+/* What each ISA brings to matmul.c, and what no ISA may change.
+ *
+ * Every kernel computes the same floats, bit for bit, on any ISA and for any number of tokens:
+ *   quantised: block after block, acc = fma(float(I), dw * da, acc), I being the exact integer sum over
+ *     the block of scale * code * q; then, where the type has minima, acc = fma(float(M), -(dmin * da), acc)
+ *     with M = sum of min * sum(q); for Q4_1 and Q5_1 acc = fma(m, da * sum(q), acc).
+ *   float: sixteen partial sums, lane c % 16, by fma; then lanes i and i + 8 are added, i and i + 4,
+ *     i and i + 2, and the last two.
+ */
+#ifndef FOMOE_MATMUL_KERNELS_H
+#define FOMOE_MATMUL_KERNELS_H
+
+#include "matmul.h"
+
+typedef void (*fomoe_rows_fn)(const fomoe_matrix *w, const fomoe_act *act, const int32_t *rows, int num_rows,
+                              int row_begin, int row_end, float *y, int64_t ldy);
+
+void fomoe_rows_scalar(const fomoe_matrix *w, const fomoe_act *act, const int32_t *rows, int num_rows,
+                       int row_begin, int row_end, float *y, int64_t ldy);
+
+#endif
