@@ -11,10 +11,10 @@ from enum import IntEnum
 
 import numpy as np
 import numpy.typing as npt
-from fomoe.kernels.table import QUANT_TYPES, QuantType
-from fomoe.native import check, ffi, lib
 
 from fomoe.errors import UnsupportedError
+from fomoe.kernels.table import QUANT_TYPES, QuantType
+from fomoe.native import check, ffi, lib
 
 F32Array = npt.NDArray[np.float32]
 ByteArray = npt.NDArray[np.uint8]

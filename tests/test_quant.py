@@ -7,11 +7,11 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 import pytest
+
+from fomoe.errors import UnsupportedError
 from fomoe.kernels import quant
 from fomoe.kernels.quant import LIMITS, Isa, Matmul
 from fomoe.kernels.table import QUANT_TYPES, QuantType
-
-from fomoe.errors import UnsupportedError
 
 TYPES = list(QUANT_TYPES.values())
 ISAS = [isa for isa in Isa if isa <= quant.best_isa()]
