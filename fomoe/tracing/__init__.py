@@ -1,0 +1,1 @@
+"""What a recording adds up to: pure functions on its records. Knows nothing of the engine."""

@@ -1,0 +1,215 @@
+"""What recordings add up to: figures worked out by hand, and an acted run that must agree."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from recordings import EXPERT_BYTES, record
+
+from fomoe.trace import Kind, Part, Reason, Source, Tracer, read_recording
+from fomoe.tracing.intervals import covered, following, lanes, union
+from fomoe.tracing.layers import expert_counts
+from fomoe.tracing.summary import Summary, as_json, summarise
+from fomoe.tracing.text import render
+
+MS = 1_000_000
+TOOL = Path(__file__).parent.parent / "tools" / "trace"
+
+Pairs = list[tuple[int, int]]
+pairs = st.lists(st.tuples(st.integers(0, 50), st.integers(0, 12)), max_size=12)
+
+
+def arrays(spans: Pairs) -> tuple[np.ndarray, np.ndarray]:
+    begin = np.array([b for b, _ in spans], np.int64)
+    return begin, begin + np.array([n for _, n in spans], np.int64)
+
+
+@given(pairs, pairs)
+def test_union_and_cover_count_nanoseconds(
+    a: list[tuple[int, int]], b: list[tuple[int, int]]
+) -> None:
+    begin, end = arrays(a)
+    inside = {t for i, j in zip(begin, end, strict=True) for t in range(i, j)}
+    spans = union(begin, end)
+    assert spans.total == len(inside)
+    assert (spans.begin[1:] > spans.end[:-1]).all()
+    found = covered(spans, *arrays(b)).tolist()
+    assert found == [sum(t in inside for t in range(i, i + n)) for i, n in b]
+
+
+@given(pairs)
+def test_lanes_do_not_overlap(spans: Pairs) -> None:
+    begin, end = arrays(sorted((b, n + 1) for b, n in spans))
+    lane = lanes(begin, end)
+    depth = max((((begin <= t) & (end > t)).sum() for t in begin), default=0)
+    assert lane.max(initial=-1) < max(depth, 1)
+    for i in range(len(begin)):
+        same = lane[:i] == lane[i]
+        assert (end[:i][same] <= begin[i]).all()
+
+
+@given(pairs, pairs)
+def test_following_finds_the_next_of_the_group(have: Pairs, ask: Pairs) -> None:
+    times, groups = (np.array([p[i] for p in have], np.int64) for i in (0, 1))
+    asked, of = (np.array([p[i] for p in ask], np.int64) for i in (0, 1))
+    for found, time, group in zip(following(groups, times, of, asked), asked, of, strict=True):
+        later = [t for t, g in have if g == group and t >= time]
+        assert (found >= 0) == bool(later)
+        if later:
+            assert (times[found], groups[found]) == (min(later), group)
+
+
+def summary_of(tmp_path: Path, *events: tuple[int, ...], **info: object) -> Summary:
+    """Of events (kind, begin ms, end ms, layer, expert, token, a, b)."""
+    with Tracer.create(tmp_path / "t", capacity=99, info=info) as tracer:
+        for kind, begin, end, *rest in events:
+            tracer.event(kind, begin * MS, end * MS, *rest)
+    return summarise(read_recording(tmp_path / "t"))
+
+
+def test_one_token_by_hand(tmp_path: Path) -> None:
+    summary = summary_of(
+        tmp_path,
+        (Kind.STEP, 0, 100, -1, -1, 0, 1, 0),
+        (Kind.LAYER, 10, 90, 0),
+        (Kind.COMPUTE, 10, 30, 0, -1, 0, Part.MIX),
+        (Kind.USE, 30, 30, 0, 5, 0, 1, Source.MISSING),
+        (Kind.USE, 30, 30, 0, 6, 0, 1, Source.RESIDENT),
+        (Kind.READ, 30, 70, 0, 5, 0, 60 * MS, 10 * MS),  # 60 MB in 30 ms, after 10 ms in the queue
+        (Kind.COMPUTE, 30, 50, 0, -1, 0, Part.RESIDENT, 1),
+        (Kind.STALL, 50, 70, 0, 5),
+        (Kind.COMPUTE, 71, 85, 0, 5, 0, Part.LANDED, 1),
+        (Kind.COMPUTE, 110, 120, -1, -1, 1, Part.SAMPLE),
+        drive_gbps=4.0,
+    )
+    (phase,) = summary.phases
+    assert (phase.name, phase.steps, phase.tokens) == ("decode", 1, 1)
+    assert phase.wall_ns == 100 * MS
+    assert phase.compute_ns == 54 * MS
+    assert phase.stalled_ns == 20 * MS
+    assert phase.overhead_ns == 26 * MS
+    assert phase.parts == {"mix": 20 * MS, "resident": 20 * MS, "landed": 14 * MS}
+    assert phase.outside == {"sample": 10 * MS}
+    assert phase.hit_rate == 0.5
+    reading = phase.reading
+    assert reading.gbps_in_flight == pytest.approx(2.0)
+    assert reading.gbps_overall == pytest.approx(0.6)
+    assert reading.covered_share == pytest.approx(1 / 3)
+    assert reading.queued_us.tolist() == [10_000, 10_000]
+    assert phase.ratio == pytest.approx(100 / 54)
+    assert phase.landed_us.tolist() == [1000, 1000]
+    (stall,) = summary.stalls
+    assert (stall.layer, stall.expert, stall.why) == (0, 5, "never read before")
+    (row,) = summary.layers["decode"]
+    assert (row.wall_ns, row.compute_ns, row.stalled_ns) == (80 * MS, 54 * MS, 20 * MS)
+    assert (row.uses, row.resident, row.read_bytes) == (2, 1, 60 * MS)
+
+
+def test_compute_that_was_busy_is_not_blamed_on_the_hand_over(tmp_path: Path) -> None:
+    (phase,) = summary_of(
+        tmp_path,
+        (Kind.STEP, 0, 100, -1, -1, 0, 1, 0),
+        (Kind.LAYER, 0, 100, 0),
+        (Kind.READ, 0, 20, 0, 1, 0, 1, 0),
+        (Kind.COMPUTE, 10, 50, 0, -1, 0, Part.RESIDENT, 1),
+        (Kind.COMPUTE, 52, 60, 0, 1, 0, Part.LANDED, 1),
+    ).phases
+    assert phase.landed_us.tolist() == [32_000, 32_000]
+    assert phase.landed_free_us.tolist() == [2000, 2000]
+
+
+def stalled_on(tmp_path: Path, *history: tuple[int, ...], queued: int = 0, kind: int = 5) -> str:
+    """The reason of a stall on layer 3, expert 7 in token 4, after the given events."""
+    steps = [(Kind.STEP, 100 * i, 100 * i + 90, -1, -1, i, 1, 0) for i in range(5)]
+    read = (kind, 410, 450, 3, 7, 4, 1000, queued * MS)
+    stall = (Kind.STALL, 420, 450, 3, 7)
+    return summary_of(tmp_path, *steps, *history, read, stall).stalls[0].why
+
+
+def test_reasons_of_stalls(tmp_path: Path) -> None:
+    earlier = (Kind.READ, 110, 120, 3, 7, 1, 1000, 0)
+    evicted = (Kind.EVICT, 250, 250, 3, 7)
+    other = (Kind.EVICT, 350, 350, 3, 8)
+    assert stalled_on(tmp_path) == "never read before"
+    assert stalled_on(tmp_path, earlier, evicted, other) == "evicted 2 tokens ago"
+    assert stalled_on(tmp_path, kind=Kind.PREFETCH) == "predicted too late"
+    before = (Kind.READ, 405, 440, 2, 1, 4, 1000, 0)
+    assert stalled_on(tmp_path, before, queued=30) == "never read before, behind 1 reads"
+
+
+def test_the_engines_own_reason_is_kept(tmp_path: Path) -> None:
+    step = (Kind.STEP, 0, 9, -1, -1, 0, 1, 0)
+    summary = summary_of(tmp_path, step, (Kind.STALL, 1, 2, -1, -1, 0, Reason.FILE))
+    assert summary.stalls[0].reason is Reason.FILE
+    assert summary.reasons[0].wait_ns == MS
+
+
+def test_nothing_unmeasured_is_zero(tmp_path: Path) -> None:
+    summary = summary_of(tmp_path, (Kind.STEP, 0, 5, -1, -1, 0, 1, 0))
+    (phase,) = summary.phases
+    assert math.isnan(phase.hit_rate)
+    assert math.isnan(phase.reading.gbps_in_flight)
+    assert math.isnan(phase.ratio)
+    found = as_json(summary)["phases"][0]
+    assert found["reading"]["gbps_in_flight"] is None
+    assert "nothing was read" in render(summary)
+
+
+def test_empty_recording(tmp_path: Path) -> None:
+    assert "No step was recorded" in render(summary_of(tmp_path))
+
+
+def test_acted_run_adds_up(tmp_path: Path) -> None:
+    summary = summarise(read_recording(record(tmp_path / "t")))
+    for phase in summary.phases:
+        assert phase.compute_ns + phase.stalled_ns + phase.overhead_ns == phase.wall_ns
+        # The actor spends 5 us a layer, and 30 us for each expert that landed, on nothing.
+        landed = phase.reading.reads
+        assert phase.overhead_ns == phase.steps * 6 * 5000 + landed * 30_000
+        assert phase.landed_us[0] == pytest.approx(30)
+        assert phase.reading.bytes == landed * EXPERT_BYTES
+        assert sum(row.stalled_ns for row in summary.layers[phase.name]) == phase.stalled_ns
+    decode, prompt = summary.phases
+    assert (decode.tokens, prompt.tokens) == (40, 16)
+    assert sum(total.wait_ns for total in summary.reasons) == decode.stalled_ns + prompt.stalled_ns
+    counts = expert_counts(summary.timeline)
+    assert counts.uses.shape == (6, 64)
+    assert counts.uses.sum() == decode.uses + prompt.uses
+    assert counts.misses.sum() == decode.reading.reads + prompt.reading.reads
+
+
+def test_text_of_an_acted_run(tmp_path: Path) -> None:
+    text = render(summarise(read_recording(record(tmp_path / "t", decode=3, capacity=500))))
+    assert "acted-moe, 6 layers, 64 experts, 4 picked" in text
+    assert "options: dram=16GiB threads=2" in text
+    assert "earlier ones were overwritten" in text
+    assert "% of 1.25)" in text
+    assert "nan" not in text
+    assert max(map(len, text.splitlines())) <= 100
+
+
+def tool(*args: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-P", str(TOOL), *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_show_on_the_command_line(tmp_path: Path) -> None:
+    path = record(tmp_path / "t")
+    shown = tool("show", path)
+    assert shown.returncode == 0, shown.stderr
+    assert "Where the time went" in shown.stdout
+    figures = json.loads(tool("show", path, "--json").stdout)
+    assert figures["phases"][0]["tokens"] == 40
+    path.write_bytes(path.read_bytes()[:70_000])
+    cut = tool("show", path)
+    assert cut.returncode == 1
+    assert cut.stderr.startswith(f"trace: {path} is cut short")
+    assert len(cut.stderr.splitlines()) == 1
