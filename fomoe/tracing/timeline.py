@@ -58,6 +58,9 @@ def timeline(recording: Recording) -> Timeline:
     records = recording.records
     kind = records["kind"]
     steps = np.sort(records[kind == Kind.STEP], order="begin")
+    if recording.dropped and len(records):
+        # A record is made when it ends: what a step that began before the oldest one did is lost.
+        steps = steps[steps["begin"] >= records["end"][0]]
     if steps.size and (steps["token"] < 0).any():
         steps["token"] = np.cumsum(steps["a"]) - steps["a"]
     compute, stalls = records[kind == Kind.COMPUTE], records[kind == Kind.STALL]
