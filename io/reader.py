@@ -65,13 +65,15 @@ class ReaderStats:
 
 class Reader(Protocol):
     """Reads from a fixed set of files into caller-owned memory. Methods are called on the event
-    loop's
-    thread only."""
+    loop's thread only, the constructor included."""
 
     name: str  # "io_uring" or "threads"
     direct: bool
     alignment: int  # of offset, length and address when direct; 1 otherwise
     stats: ReaderStats
+
+    def describe(self) -> str:
+        """One line for people: the way of reading that was chosen, and why not a better one."""
 
     def register_memory(self, address: int, length: int) -> bool:
         """Tell the kernel of memory that reads will land in (page pinning leaves the read path).
@@ -82,8 +84,7 @@ class Reader(Protocol):
 
     def cancel(self, request: ReadRequest) -> bool:
         """Take back a request that has not started: `done` is called with cancelled set. False when
-        it
-        is in flight already: it then runs to its end."""
+        it is in flight already: it then runs to its end."""
 
     def promote(self, request: ReadRequest) -> None:
         """A background request is now waited for: move what is left of it to the demand queue."""
