@@ -5,7 +5,7 @@ Owns: weights in memory, sequence state and steps for tests of models and backen
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,9 +14,11 @@ import numpy.typing as npt
 
 from fomoe.gguf import GgufFile
 from fomoe.kernels.ops import DeltaState, KvCache, Ops, Segment, Tensor
+from fomoe.kernels.reference import ReferenceOps
 from fomoe.models import HEAD_ROWS, HyperParameters, build, describe
 
 PAGE_TOKENS = 16
+BACKENDS: dict[str, Callable[[], Ops]] = {"reference": ReferenceOps}
 F32Array = npt.NDArray[np.float32]
 
 
@@ -59,10 +61,16 @@ class Harness:
     """A model on a backend; sequences take pages of one shared cache."""
 
     def __init__(
-        self, path: Path, ops: Ops, *, max_tokens: int = 64, cache_type: type = np.float32
+        self,
+        path: Path,
+        ops: Ops,
+        *,
+        max_tokens: int = 64,
+        cache_type: type = np.float32,
+        change: Callable[[HyperParameters], HyperParameters] = lambda hp: hp,
     ) -> None:
         self.gguf = GgufFile.open(path)
-        self.hp: HyperParameters = describe(self.gguf)
+        self.hp = change(describe(self.gguf))
         self.weights = FileWeights(self.gguf)
         self.model = build(self.hp, ops, self.weights, max_tokens=max_tokens)
         self._next_page = 0

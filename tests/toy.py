@@ -232,11 +232,12 @@ def write_toy(
     seed: int = 0,
     tensors: Mapping[str, npt.NDArray[np.float32]] | None = None,
     extra: Mapping[str, npt.NDArray[np.float32]] | None = None,
+    keys: Mapping[str, int | float | str | list[int] | None] | None = None,
 ) -> Path:
     """Write the file, with `tensors` (every name of the plan) as F32 instead of random weights.
 
-    `extra` tensors are appended as they are. Returns the path to open: `path`, or with shards the
-    first of `<stem>-0000i-of-0000n.gguf`.
+    `extra` tensors are appended as they are; `keys` replace metadata, None drops it. Returns the
+    path to open: `path`, or with shards the first of `<stem>-0000i-of-0000n.gguf`.
     """
     toy = toy or Toy()
     rng = np.random.default_rng(seed)
@@ -247,6 +248,8 @@ def write_toy(
         writer.add_custom_alignment(toy.align)
     _add_metadata(writer, toy)
     _add_tokenizer(writer, toy)
+    for key, value in (keys or {}).items():
+        _replace_key(writer, key, value)
     for name, shape, type_name in plan:
         if tensors is not None:
             assert tensors[name].shape == shape, (name, tensors[name].shape, shape)
@@ -302,6 +305,20 @@ def _add_hybrid_metadata(writer: gguf.GGUFWriter, toy: Toy) -> None:
     if toy.recurrent_layers is not None:
         key = f"{toy.architecture}.attention.recurrent_layers"
         writer.add_array(key, [*toy.recurrent_layers, *[False] * toy.mtp_layers])
+
+
+def _replace_key(
+    writer: gguf.GGUFWriter, key: str, value: int | float | str | list[int] | None
+) -> None:
+    writer.kv_data[0].pop(key, None)
+    if isinstance(value, list):
+        writer.add_array(key, value)
+    elif isinstance(value, str):
+        writer.add_string(key, value)
+    elif isinstance(value, float):
+        writer.add_float32(key, value)
+    elif value is not None:
+        writer.add_uint32(key, value)
 
 
 def rope_sections(toy: Toy) -> list[int]:
