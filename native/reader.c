@@ -67,6 +67,11 @@ static void land_when_complete(fomoe_reader *r, fomoe_request *q)
     append(&r->landed, q);
 }
 
+static int64_t round_up(int64_t n, int64_t unit)
+{
+    return (n + unit - 1) / unit * unit;
+}
+
 static int is_sound(const fomoe_reader *r, const fomoe_extent *e)
 {
     int64_t a = r->options.alignment;
@@ -80,10 +85,9 @@ static fomoe_request *make_request(fomoe_reader *r, int lane, const fomoe_extent
     if (!q)
         return NULL;
     *q = (fomoe_request){ .lane = lane, .num_extents = count };
-    int64_t a = r->options.alignment;
     for (int i = 0; i < count; i++) {
         q->extents[i] = extents[i];
-        q->extents[i].length = (extents[i].needed + a - 1) / a * a;  /* the rest is nobody's wish */
+        q->extents[i].length = round_up(extents[i].needed, r->options.alignment);   /* the rest is nobody's wish */
     }
     return q;
 }
@@ -133,8 +137,9 @@ static fomoe_piece *cut(fomoe_reader *r, int lane)
     const fomoe_extent *e = &q->extents[q->extent];
     int64_t address = e->address + q->position;
     int64_t length = e->length - q->position;
-    if (length > r->options.read_bytes[lane])
-        length = r->options.read_bytes[lane];
+    int64_t parts = (length + r->options.read_bytes[lane] - 1) / r->options.read_bytes[lane];
+    if (parts > 1)      /* equal parts, of whole pages: a small remainder costs as much as a piece */
+        length = round_up(round_up(length, parts) / parts, r->options.alignment > 4096 ? r->options.alignment : 4096);
     if (r->ops->region_end) {
         int64_t in_region = r->ops->region_end(r, address) - address;
         if (in_region < length && in_region % r->options.alignment == 0)

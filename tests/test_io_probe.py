@@ -1,0 +1,88 @@
+"""The probe of a drive: what it measures, and what it remembers."""
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from io_rig import write_bytes
+
+from fomoe.errors import ReadError
+from fomoe.io import probe
+from fomoe.io.probe import Drive, device_name, probe_drive
+
+TWO = ((1 << 20, 2), (256 << 10, 8))
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    write_bytes(tmp_path / "file", 8 << 20)
+    return tmp_path / "file"
+
+
+def run(path: Path, cache: Path | None, **choice: Any) -> Drive | None:
+    return asyncio.run(
+        probe_drive(path, cache=cache, candidates=TWO, smallest_bytes=1 << 20, **choice)
+    )
+
+
+@pytest.mark.parametrize("io", ["uring", "threads"])
+def test_one_of_the_candidates_is_chosen(path: Path, io: str) -> None:
+    drive = run(path, None, io=io)
+    assert drive is not None
+    assert (drive.read_bytes, drive.depth) in TWO
+    assert drive.bytes_per_second > 1e6
+    assert drive.options().depth == drive.depth
+
+
+def test_more_in_flight_must_be_worthwhile(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rates = iter([1.0, 1.02, 1.02, 1.05])
+
+    async def measured(*_: Any, **__: Any) -> probe.ReadRate:
+        return probe.ReadRate(reads=1, bytes=1000, seconds=1 / next(rates), cpu_seconds=0.1)
+
+    monkeypatch.setattr(probe, "measure_reads", measured)
+    first = run(path, None)
+    second = run(path, None)
+    assert first is not None
+    assert second is not None
+    assert (first.read_bytes, first.depth) == TWO[0]
+    assert (second.read_bytes, second.depth) == TWO[0]
+    rates = iter([1.0, 1.1])
+    better = run(path, None)
+    assert better is not None
+    assert (better.read_bytes, better.depth) == TWO[1]
+
+
+def test_it_is_remembered_for_each_drive(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = path.parent / "new" / "cache"
+    first = run(path, cache)
+
+    async def not_again(*_: Any, **__: Any) -> probe.ReadRate:
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr(probe, "measure_reads", not_again)
+    assert run(path, cache) == first
+    with pytest.raises(AssertionError, match="measured again"):
+        run(path, cache, io="threads")
+    assert len(list(cache.iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[1]", '{"NAME io_uring": {"speed": 1}}', '{"NAME io_uring": 3}']
+)
+def test_a_damaged_memory_is_measured_anew(path: Path, text: str) -> None:
+    (path.parent / "drives.json").write_text(text.replace("NAME", device_name(path)))
+    drive = run(path, path.parent)
+    assert drive is not None
+    entries = json.loads((path.parent / "drives.json").read_text())
+    assert entries[f"{device_name(path)} io_uring"]["depth"] == drive.depth
+
+
+def test_what_cannot_be_known_is_not_guessed(path: Path) -> None:
+    assert run(path, path.parent, direct="off") is None
+    assert asyncio.run(probe_drive(path, cache=None)) is None, "a small file"
+    assert not (path.parent / "drives.json").exists()
+    with pytest.raises(ReadError):
+        run(path.parent / "absent", None)
