@@ -287,7 +287,7 @@ class _Parser:
             )
         if offset + count > MAX_HEADER_BYTES:
             raise self._error(f"absurd header: longer than {MAX_HEADER_BYTES >> 20} MiB")
-        self._buf = os.pread(self._fd, max(count, _WINDOW), offset)
+        self._buf = os.pread(self._fd, max(count, min(_WINDOW, self._size - offset)), offset)
         self._base, self._pos = offset, 0
         if len(self._buf) < count:
             raise self._error("truncated while being read")
