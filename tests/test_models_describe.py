@@ -96,7 +96,6 @@ def test_buffers_are_what_was_announced(tmp_path):
         ("qwen35moe", "qwen35moe.embedding_length", 96, FormatError, "shape"),
         ("qwen35moe", "qwen35moe.expert_used_count", 9, FormatError, "9 of 8"),
         ("qwen35moe", "qwen35moe.rope.dimension_count", 64, FormatError, "64 of 32"),
-        ("qwen35moe", "qwen35moe.rope.dimension_sections", [2, 2, 2, 0], UnsupportedError, "sect"),
         ("qwen35moe", "qwen35moe.ssm.inner_size", 100, FormatError, "inner size"),
         ("qwen35moe", "qwen35moe.attention.value_length", 16, UnsupportedError, "value_length"),
         ("qwen3moe", "qwen3moe.rope.scaling.type", "yarn", UnsupportedError, "yarn.*RoPE scaling"),

@@ -60,23 +60,6 @@ class Outline:
             gated=gated,
         )
 
-    def check_text_rope(self, spec: AttentionSpec) -> None:
-        """For text, interleaved multi-section RoPE is plain RoPE, if each pair has a section.
-
-        Time, height and width positions are then all the token's; only a pair beyond its section
-        would stand still (ggml's imrope).
-        """
-        key = f"{self._gguf.architecture}.rope.dimension_sections"
-        if key not in self._gguf.metadata:
-            return
-        sections = [int(n) for n in self._gguf.numbers(key)]
-        pairs = range(spec.rope_dims // 2)
-        if len(sections) < 3 or any(i >= 3 * sections[i % 3] for i in pairs):
-            raise UnsupportedError(
-                f"{self._key('rope.dimension_sections')} is {sections}: sections that leave some of"
-                f" the {spec.rope_dims} rotated dimensions out are not supported"
-            )
-
     def delta(self, *, tiled: bool) -> DeltaSpec:
         """The gated delta-net that all recurrent layers share."""
         k_heads = self.positive("ssm.group_count")

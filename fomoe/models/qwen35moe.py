@@ -1,7 +1,9 @@
 """qwen35moe: Qwen3.5 and Qwen3.6 MoE.
 
 Owns: what sets the architecture apart from hybrid.py. V heads are tiled (V head h reads K head
-h % k_heads); RoPE has sections for time, height and width, which are one and the same for text.
+h % k_heads). RoPE has sections for time, height and width, which are one and the same for text: it
+is plain RoPE, as in transformers. (llama.cpp leaves a pair unturned whose section is too short for
+it: pair 7 with [4, 2, 2]. Real models' [11, 11, 10] have no such pair.)
 """
 
 from __future__ import annotations
@@ -17,7 +19,6 @@ from fomoe.models.outline import Outline
 def describe(gguf: GgufFile) -> HyperParameters:
     outline = Outline(gguf)
     attention, delta = outline.attention(gated=True), outline.delta(tiled=True)
-    outline.check_text_rope(attention)
     gate_rows = {"ssm_beta.weight": delta.v_heads, "ssm_alpha.weight": delta.v_heads}
     return hybrid.describe(outline, attention, delta, gate_rows)
 
