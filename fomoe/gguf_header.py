@@ -17,6 +17,7 @@ import numpy as np
 
 from fomoe.errors import FormatError, UnsupportedError
 from fomoe.kernels.table import QUANT_TYPES, QuantType
+from fomoe.native import check, ffi, lib
 
 # Far above any real header (a vocabulary of 248,320 with its merges is 11 MB), low enough that a
 # hostile one can take neither much memory nor much time.
@@ -82,19 +83,9 @@ class ArrayRef:
         if self.element != _STRING:
             return np.frombuffer(data, _DTYPES[self.element])
         try:
-            return self._split_strings(data)
-        except (UnicodeDecodeError, struct.error) as error:
+            return _split_strings(data, self.count)
+        except (UnicodeDecodeError, OSError) as error:
             raise FormatError(f"{self.path}: array {self.key}: bad string: {error}") from None
-
-    def _split_strings(self, data: bytes) -> list[str]:
-        length_at = _U64.unpack_from
-        out: list[str] = []
-        pos = 0
-        for _ in range(self.count):
-            start = pos + 8
-            pos = start + length_at(data, pos)[0]
-            out.append(data[start:pos].decode())
-        return out
 
 
 Scalar = bool | int | float | str
@@ -196,18 +187,14 @@ class _Parser:
         return ArrayRef(self._path, key, element, count, start, self._offset - start)
 
     def _skip_strings(self, count: int) -> None:
-        length_at = _U64.unpack_from
-        done = 0
-        while done < count:
+        pos = ffi.new("uint64_t *")
+        while count:
             self._need(8)
-            buf, pos = self._buf, self._pos
-            try:
-                for _ in range(count - done):
-                    pos += 8 + length_at(buf, pos)[0]
-                    done += 1
-            except (struct.error, OverflowError, IndexError):
-                pass  # the next length lies beyond the window, or beyond anything: _need tells
-            self._pos = pos
+            pos[0] = self._pos
+            count -= lib.fomoe_strings_skip(
+                ffi.from_buffer("uint8_t[]", self._buf), len(self._buf), count, pos
+            )
+            self._pos = pos[0]
 
     def _tensor(self, alignment: int) -> tuple[str, QuantType, tuple[int, ...], int]:
         name = self._name("tensor name")
@@ -298,3 +285,29 @@ class _Parser:
 
     def _error(self, reason: str) -> FormatError:
         return FormatError(f"{self._path}: {reason} (at byte {self._offset} of the header)")
+
+
+_SEPARATOR = "\x00"
+
+
+def _split_strings(data: bytes, count: int) -> list[str]:
+    """The `count` strings that fill `data`, each behind its length. Raises OSError, UnicodeError.
+
+    Decoded as one text and split: four times as fast as one by one.
+    """
+    joined = bytearray(len(data))
+    source = ffi.from_buffer("uint8_t[]", data)
+    target = ffi.from_buffer("uint8_t[]", joined, require_writable=True)
+    size = lib.fomoe_strings_join(source, len(data), count, ord(_SEPARATOR), target)
+    check(min(size, 0), "lengths that do not add up")
+    strings = str(memoryview(joined)[:size], "utf-8").split(_SEPARATOR)
+    strings.pop()  # behind the last separator there is nothing
+    if len(strings) == count:
+        return strings
+    # A string holds the separator itself, which no text tokenizer has.
+    pos, out = 0, []
+    for _ in range(count):
+        end = pos + 8 + _U64.unpack_from(data, pos)[0]
+        out.append(data[pos + 8 : end].decode())
+        pos = end
+    return out

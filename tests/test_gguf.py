@@ -57,6 +57,20 @@ def test_metadata(tmp_path: Path) -> None:
     assert model.file_type_name == "unknown"
 
 
+@pytest.mark.parametrize("strings", [[""], ["a"], ["", ""], ["a\0b", "\0", ""], ["é" * 5000] * 300])
+def test_arrays_of_strings(tmp_path: Path, strings: list[str]) -> None:
+    """Among them such as hold the NUL at which joined strings are split, and megabytes."""
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "toy")
+    writer.add_array("first", strings)
+    writer.add_array("second", strings[::-1])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    model = GgufFile.open(tmp_path / "m.gguf")
+    assert model.strings("first") == strings
+    assert model.strings("second") == strings[::-1]
+
+
 def test_keys_of_the_wrong_kind(tmp_path: Path) -> None:
     model = GgufFile.open(write(tmp_path / "m.gguf"))
     with pytest.raises(FormatError, match=r"m\.gguf: the required key toy\.none is missing"):
@@ -154,7 +168,7 @@ def test_imports_neither_gguf_nor_torch() -> None:
     out = subprocess.run(
         [sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True
     )
-    assert out.stdout.strip() == "[]"
+    assert out.stdout.splitlines()[-1] == "[]"  # an editable build may print before
 
 
 def test_unsupported_type_is_named(tmp_path: Path) -> None:
