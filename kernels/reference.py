@@ -62,8 +62,9 @@ def silu(x: F64Array) -> F64Array:
 
 
 def softmax(x: F64Array) -> F64Array:
-    e: F64Array = np.exp(x - x.max(axis=-1, keepdims=True))
-    return e / e.sum(axis=-1, keepdims=True)
+    e = np.exp(x - x.max(axis=-1, keepdims=True))
+    p: F64Array = e / e.sum(axis=-1, keepdims=True)
+    return p
 
 
 def rope(x: F64Array, positions: npt.NDArray[np.int64], dims: int, base: float) -> F64Array:

@@ -9,11 +9,18 @@ import pytest
 from harness import Harness
 from toy import K_TOY, Toy, write_toy
 
-from fomoe.errors import FormatError, UnsupportedError
+from fomoe.errors import FomoeError, FormatError, UnsupportedError
 from fomoe.gguf import GgufFile
 from fomoe.kernels.reference import ReferenceOps
 from fomoe.kernels.table import Q4_K, Q6_K
 from fomoe.models import architectures, buffer_bytes, describe
+
+OPTIONAL_KEYS = (
+    "attention.scale",
+    "expert_weights_scale",
+    "rope.scaling.type",
+    "nextn_predict_layers",
+)
 
 
 @pytest.fixture
@@ -106,6 +113,26 @@ def test_buffers_are_what_was_announced(tmp_path):
 def test_refused_keys(described, architecture, key, value, error, words):
     with pytest.raises(error, match=words):
         described(Toy(architecture=architecture), keys={key: value})
+
+
+@pytest.mark.parametrize("architecture", architectures())
+def test_no_key_can_do_harm(tmp_path, architecture):
+    """Whatever a key says: hyper-parameters, or an error that is meant for the user."""
+    toy = Toy(architecture=architecture, mtp_layers=1)
+    gguf = GgufFile.open(write_toy(tmp_path / "toy.gguf", toy))
+    metadata, messages = dict(gguf.metadata), []
+    keys = {key for key in metadata if key.startswith(architecture)}
+    for key in keys | {f"{architecture}.{name}" for name in OPTIONAL_KEYS}:
+        for value in (0, 1, 3, -1, 2**32 - 1, 2**63, 0.0, 1e-30, float("nan"), "x", True, None):
+            gguf.metadata = metadata | {key: value}
+            if value is None:
+                del gguf.metadata[key]
+            try:
+                describe(gguf)
+            except FomoeError as error:
+                messages.append(str(error))
+    assert len(messages) > 100
+    assert all(str(tmp_path) in message for message in messages)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ compose these. Does not know: the forward, backends, weights. Keys: llama.cpp's 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Container
 
 from fomoe.errors import FormatError, UnsupportedError
@@ -23,6 +24,8 @@ class Outline:
         self._gguf = gguf
         self._dense: list[str] = []
         self._num_blocks = self.positive("block_count")
+        if self._num_blocks > len(gguf.tensors):
+            raise FormatError(f"{self._key('block_count')} is {self._num_blocks}: too few tensors")
         self.num_mtp_layers = self._count_mtp_layers()
         self.num_layers = self._num_blocks - self.num_mtp_layers
         if self.num_layers < 1 or self.num_mtp_layers < 0:
@@ -31,7 +34,7 @@ class Outline:
                 "be for multi-token prediction"
             )
         self.hidden = self.positive("embedding_length")
-        self.eps = gguf.arch_value("attention.layer_norm_rms_epsilon", float)
+        self.eps = self._real("attention.layer_norm_rms_epsilon")
         self._require("rope.scaling.type", "none", ("none",), "RoPE scaling")
         self._require("expert_gating_func", 0, (0, SOFTMAX_GATING), "this router")
         self._require("expert_group_count", 0, (0, 1), "routing by groups of experts")
@@ -54,8 +57,8 @@ class Outline:
             kv_heads=kv_heads,
             head_dim=head_dim,
             rope_dims=rope_dims,
-            rope_base=self._gguf.arch_value("rope.freq_base", float, 10000.0),
-            scale=self._gguf.arch_value("attention.scale", float, 0.0) or head_dim**-0.5,
+            rope_base=self._real("rope.freq_base", 10000.0),
+            scale=self._real("attention.scale", 0.0) or head_dim**-0.5,
             eps=self.eps,
             gated=gated,
         )
@@ -117,7 +120,7 @@ class Outline:
             gate_type=gate.type,
             up_type=up.type,
             down_type=experts.down.type,
-            weights_scale=self._gguf.arch_value("expert_weights_scale", float, 0.0) or 1.0,
+            weights_scale=self._real("expert_weights_scale", 0.0) or 1.0,
         )
 
     def dense_ff_share(self) -> int | None:
@@ -212,6 +215,16 @@ class Outline:
             value = self._gguf.arch_value(name, int, default)
         if value < 1:
             raise FormatError(f"{self._key(name)} is {value}; it must be at least 1")
+        return value
+
+    def _real(self, name: str, default: float | None = None) -> float:
+        """The architecture's own key `name`, finite and above 0 or at its default."""
+        if default is None:
+            value = self._gguf.arch_value(name, float)
+        else:
+            value = self._gguf.arch_value(name, float, default)
+        if value != default and not 0 < value < math.inf:
+            raise FormatError(f"{self._key(name)} is {value}; it must be a positive number")
         return value
 
     def _layer_value(self, name: str, layer: int, default: int | None) -> int:
