@@ -30,15 +30,6 @@ typedef struct {
     int thread;
 } worker_arg;
 
-static inline void cpu_relax(void)
-{
-#if defined(__x86_64__)
-    __builtin_ia32_pause();
-#elif defined(__aarch64__)
-    __asm__ volatile("yield");
-#endif
-}
-
 static void work(fomoe_pool *pool, int thread)
 {
     fomoe_task_fn fn = pool->fn;
@@ -58,7 +49,7 @@ static int wait_for_epoch(fomoe_pool *pool, int seen)
         int now = atomic_load_explicit(&pool->epoch, memory_order_acquire);
         if (now != seen)
             return now;
-        cpu_relax();
+        fomoe_pool_relax();
     }
     atomic_fetch_add(&pool->sleepers, 1);
     int now;
@@ -149,5 +140,5 @@ void fomoe_pool_run(fomoe_pool *pool, int num_tasks, fomoe_task_fn fn, void *arg
     publish(pool);
     work(pool, 0);
     while (atomic_load_explicit(&pool->working, memory_order_acquire))
-        cpu_relax();
+        fomoe_pool_relax();
 }

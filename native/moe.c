@@ -1,0 +1,327 @@
+#include "moe.h"
+
+#include <errno.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+
+#define ISA_BODY "moe_body.h"
+#include "each_isa.h"
+
+#define MAX_TOP_K 64
+#define MAX_SHARED_TYPES 4
+#define LEAST_WAVE 64 /* pairs */
+#define SUM_TOKENS_PER_TASK 8
+#define ALIGN64(n) (((size_t)(n) + 63) & ~(size_t)63)
+
+/* One expert of a wave. `ready` tells its down tasks that the last gate-up task has quantised mid. */
+typedef struct {
+    fomoe_matrix gate, up, down;
+    const fomoe_act *x; /* rows of it: tokens[0..num) */
+    const int32_t *tokens;
+    int num;
+    int ff, hidden;
+    float *mid; /* [num][ff] */
+    float *out; /* [num][hidden] */
+    void *mid_scratch;
+    fomoe_act mid_act;
+    int up_rows_per_task, up_tasks, down_rows_per_task, down_tasks;
+    _Atomic int up_left;
+    _Atomic int ready;
+} expert_job;
+
+struct fomoe_moe {
+    fomoe_pool *pool, *serial;
+    fomoe_moe_shape shape;
+    int wave_pairs;
+    int32_t *pair_begin; /* [num_experts + 1] */
+    int32_t *pair_token; /* [pairs] */
+    int32_t *pair_of;    /* [token * top_k + rank] */
+    int32_t *all_tokens; /* 0, 1, 2, ... */
+    uint8_t *done;       /* [num_experts] */
+    expert_job *jobs;    /* [num_experts] */
+    float *mid;          /* [wave_pairs][max(ff, shared_ff)] */
+    char *mid_scratch;
+    size_t mid_scratch_bytes;
+    float *tiles;        /* per thread: gate and up rows of one task */
+    char *act_scratch;
+    float *out;          /* [pairs][hidden] */
+    float *shared_out;   /* [tokens][hidden] */
+    float *shared_gate;  /* [tokens] */
+    fomoe_act act;
+    int tokens, pairs_left;
+    const float *weights;
+    bool has_shared, has_gate;
+};
+
+typedef struct {
+    char *at;
+    size_t used;
+} layout;
+
+static void *take(layout *l, size_t bytes)
+{
+    void *p = l->at ? l->at + l->used : NULL;
+    l->used += ALIGN64(bytes);
+    return p;
+}
+
+static int max_int(int a, int b)
+{
+    return a > b ? a : b;
+}
+
+/* The one definition of the memory's layout: with l->at NULL it only measures. */
+static void lay_out(fomoe_moe *moe, layout *l, int num_threads, int tokens, const fomoe_moe_shape *shape,
+                    int shared_ff)
+{
+    size_t pairs = (size_t)tokens * shape->top_k, ff = max_int(shape->ff, shared_ff);
+    /* A wave has room for any one expert, which every token may have picked, and for all experts of a token. */
+    moe->wave_pairs = max_int(max_int(tokens, LEAST_WAVE), shape->top_k);
+    moe->pair_begin = take(l, (shape->num_experts + 1) * sizeof(int32_t));
+    moe->pair_token = take(l, pairs * sizeof(int32_t));
+    moe->pair_of = take(l, pairs * sizeof(int32_t));
+    moe->all_tokens = take(l, tokens * sizeof(int32_t));
+    moe->done = take(l, shape->num_experts);
+    moe->jobs = take(l, (shape->num_experts + 1) * sizeof(expert_job));
+    moe->mid = take(l, moe->wave_pairs * ff * sizeof(float));
+    moe->mid_scratch_bytes = ALIGN64(fomoe_act_bytes(moe->wave_pairs, ff))
+                             + LEAST_WAVE * ALIGN64(fomoe_act_bytes(1, ff));
+    moe->mid_scratch = take(l, moe->mid_scratch_bytes);
+    moe->tiles = take(l, num_threads * 2 * FOMOE_TILE_FLOATS * sizeof(float));
+    moe->act_scratch = take(l, fomoe_act_bytes(tokens, shape->hidden));
+    moe->out = take(l, pairs * shape->hidden * sizeof(float));
+    moe->shared_out = take(l, shared_ff ? (size_t)tokens * shape->hidden * sizeof(float) : 0);
+    moe->shared_gate = take(l, tokens * sizeof(float));
+}
+
+size_t fomoe_moe_bytes(int num_threads, int max_tokens, const fomoe_moe_shape *shape, int shared_ff)
+{
+    fomoe_moe moe;
+    layout l = { NULL, ALIGN64(sizeof moe) };
+    lay_out(&moe, &l, num_threads, max_tokens, shape, shared_ff);
+    return l.used;
+}
+
+/* A counting sort of the pairs by expert; within an expert by token. */
+static void sort_pairs(fomoe_moe *moe, const int32_t *ids)
+{
+    int num_experts = moe->shape.num_experts, pairs = moe->tokens * moe->shape.top_k;
+    int32_t *begin = moe->pair_begin;
+    memset(begin, 0, (num_experts + 1) * sizeof *begin);
+    for (int i = 0; i < pairs; i++)
+        begin[ids[i] + 1]++;
+    for (int e = 0; e < num_experts; e++)
+        begin[e + 1] += begin[e];
+    /* begin[e] walks to the end of e's pairs here, and is moved back below */
+    for (int i = 0; i < pairs; i++) {
+        int at = begin[ids[i]]++;
+        moe->pair_token[at] = i / moe->shape.top_k;
+        moe->pair_of[i] = at;
+    }
+    memmove(begin + 1, begin, num_experts * sizeof *begin);
+    begin[0] = 0;
+}
+
+fomoe_moe *fomoe_moe_begin(void *memory, fomoe_pool *pool, fomoe_pool *serial, const fomoe_moe_shape *shape,
+                           int shared_ff, const int32_t *shared_types, int num_types, const float *h, int64_t ldh,
+                           int tokens, const int32_t *ids, const float *weights)
+{
+    fomoe_moe *moe = memory;
+    layout l = { memory, ALIGN64(sizeof *moe) };
+    *moe = (fomoe_moe){ .pool = pool, .serial = serial, .shape = *shape, .tokens = tokens,
+                        .pairs_left = tokens * shape->top_k, .weights = weights };
+    lay_out(moe, &l, fomoe_pool_num_threads(pool), tokens, shape, shared_ff);
+    int32_t types[2 + MAX_SHARED_TYPES] = { shape->gate_type, shape->up_type };
+    for (int i = 0; i < num_types; i++)
+        types[2 + i] = shared_types[i];
+    for (int t = 0; t < tokens; t++)
+        moe->all_tokens[t] = t;
+    memset(moe->done, 0, shape->num_experts);
+    sort_pairs(moe, ids);
+    fomoe_act_prepare(pool, &moe->act, h, ldh, tokens, shape->hidden, types, 2 + num_types, moe->act_scratch);
+    return moe;
+}
+
+typedef struct {
+    fomoe_moe *moe;
+    expert_job *jobs;
+    int num;
+    int up_tasks; /* of all experts: they are claimed before any down task, so waiting on them cannot deadlock */
+    void (*silu_mul)(const float *gate, const float *up, int n, float *out);
+} wave;
+
+static void up_task(const wave *w, expert_job *job, int chunk, int thread)
+{
+    int begin = chunk * job->up_rows_per_task, end = begin + job->up_rows_per_task;
+    end = end < job->ff ? end : job->ff;
+    int width = end - begin;
+    float *gate = w->moe->tiles + (int64_t)thread * 2 * FOMOE_TILE_FLOATS, *up = gate + FOMOE_TILE_FLOATS;
+    for (int t0 = 0; t0 < job->num; t0 += FOMOE_TOKEN_BLOCK) {
+        int n = job->num - t0 < FOMOE_TOKEN_BLOCK ? job->num - t0 : FOMOE_TOKEN_BLOCK;
+        fomoe_matmul_rows(&job->gate, job->x, job->tokens + t0, n, begin, end, gate - begin, width);
+        fomoe_matmul_rows(&job->up, job->x, job->tokens + t0, n, begin, end, up - begin, width);
+        for (int t = 0; t < n; t++)
+            w->silu_mul(gate + t * width, up + t * width, width, job->mid + (int64_t)(t0 + t) * job->ff + begin);
+    }
+    if (atomic_fetch_sub_explicit(&job->up_left, 1, memory_order_acq_rel) == 1) {
+        fomoe_act_prepare(w->moe->serial, &job->mid_act, job->mid, job->ff, job->num, job->ff, &job->down.type, 1,
+                          job->mid_scratch);
+        atomic_store_explicit(&job->ready, 1, memory_order_release);
+    }
+}
+
+static void down_task(expert_job *job, int chunk)
+{
+    int begin = chunk * job->down_rows_per_task, end = begin + job->down_rows_per_task;
+    while (!atomic_load_explicit(&job->ready, memory_order_acquire))
+        fomoe_pool_relax();
+    fomoe_matmul_rows(&job->down, &job->mid_act, NULL, job->num, begin, end < job->hidden ? end : job->hidden, job->out,
+                      job->hidden);
+}
+
+static void wave_task(void *arg, int task, int thread)
+{
+    const wave *w = arg;
+    expert_job *job = w->jobs;
+    if (task < w->up_tasks) {
+        for (; task >= job->up_tasks; job++)
+            task -= job->up_tasks;
+        up_task(w, job, task, thread);
+    } else {
+        for (task -= w->up_tasks; task >= job->down_tasks; job++)
+            task -= job->down_tasks;
+        down_task(job, task);
+    }
+}
+
+static void set_tasks(expert_job *job)
+{
+    int64_t both = job->gate.row_bytes + job->up.row_bytes;
+    job->up_rows_per_task = fomoe_rows_per_task(both, job->num);
+    job->up_tasks = (job->ff + job->up_rows_per_task - 1) / job->up_rows_per_task;
+    job->down_rows_per_task = fomoe_rows_per_task(job->down.row_bytes, job->num);
+    job->down_tasks = (job->hidden + job->down_rows_per_task - 1) / job->down_rows_per_task;
+    atomic_init(&job->up_left, job->up_tasks);
+    atomic_init(&job->ready, 0);
+}
+
+static void run_wave(fomoe_moe *moe, expert_job *jobs, int num)
+{
+    wave w = { moe, jobs, num, 0, ISA_PICK(silu_mul) };
+    int tasks = 0;
+    for (int i = 0; i < num; i++) {
+        set_tasks(&jobs[i]);
+        w.up_tasks += jobs[i].up_tasks;
+        tasks += jobs[i].up_tasks + jobs[i].down_tasks;
+    }
+    fomoe_pool_run(moe->pool, tasks, wave_task, &w);
+}
+
+static fomoe_matrix matrix(int64_t address, int64_t row_bytes, int type, int rows, int cols)
+{
+    return (fomoe_matrix){ (const void *)(intptr_t)address, row_bytes, type, rows, cols };
+}
+
+int fomoe_moe_run(fomoe_moe *moe, const int64_t *experts, int num)
+{
+    const fomoe_moe_shape *s = &moe->shape;
+    int in_wave = 0, wave_pairs = 0;
+    size_t scratch = 0;
+    for (int i = 0; i < num; i++) {
+        const int64_t *e = experts + 4 * i;
+        if (e[0] < 0 || e[0] >= s->num_experts || moe->done[e[0]])
+            return -EINVAL;
+        moe->done[e[0]] = 1;
+        int begin = moe->pair_begin[e[0]], n = moe->pair_begin[e[0] + 1] - begin;
+        if (!n)
+            continue;
+        size_t bytes = ALIGN64(fomoe_act_bytes(n, s->ff));
+        if (wave_pairs + n > moe->wave_pairs || scratch + bytes > moe->mid_scratch_bytes) {
+            run_wave(moe, moe->jobs, in_wave);
+            in_wave = wave_pairs = 0;
+            scratch = 0;
+        }
+        expert_job *job = &moe->jobs[in_wave++];
+        job->gate = matrix(e[1], s->gate_row_bytes, s->gate_type, s->ff, s->hidden);
+        job->up = matrix(e[2], s->up_row_bytes, s->up_type, s->ff, s->hidden);
+        job->down = matrix(e[3], s->down_row_bytes, s->down_type, s->hidden, s->ff);
+        job->x = &moe->act;
+        job->tokens = moe->pair_token + begin;
+        job->num = n;
+        job->ff = s->ff;
+        job->hidden = s->hidden;
+        job->mid = moe->mid + (int64_t)wave_pairs * s->ff;
+        job->out = moe->out + (int64_t)begin * s->hidden;
+        job->mid_scratch = moe->mid_scratch + scratch;
+        wave_pairs += n;
+        scratch += bytes;
+        moe->pairs_left -= n;
+    }
+    if (in_wave)
+        run_wave(moe, moe->jobs, in_wave);
+    return 0;
+}
+
+static fomoe_matrix product_matrix(const fomoe_product *p, int cols)
+{
+    return (fomoe_matrix){ p->data, p->row_bytes, p->type, p->rows, cols };
+}
+
+void fomoe_moe_shared(fomoe_moe *moe, const fomoe_product *gate, const fomoe_product *up, const fomoe_product *down,
+                      const fomoe_product *gate_inp)
+{
+    int hidden = moe->shape.hidden;
+    expert_job *job = moe->jobs;
+    job->gate = product_matrix(gate, hidden);
+    job->up = product_matrix(up, hidden);
+    job->down = product_matrix(down, gate->rows);
+    job->x = &moe->act;
+    job->tokens = moe->all_tokens;
+    job->num = moe->tokens;
+    job->ff = gate->rows;
+    job->hidden = hidden;
+    job->mid = moe->mid;
+    job->out = moe->shared_out;
+    job->mid_scratch = moe->mid_scratch;
+    moe->has_shared = true;
+    moe->has_gate = gate_inp->data != NULL;
+    if (moe->has_gate) {
+        fomoe_matrix w = product_matrix(gate_inp, hidden);
+        fomoe_matmul_rows(&w, &moe->act, NULL, moe->tokens, 0, 1, moe->shared_gate, 1);
+    }
+    run_wave(moe, job, 1);
+}
+
+typedef struct {
+    const fomoe_moe *moe;
+    float *x;
+    int64_t ldx;
+    void (*weighted_sum)(const float *const *outs, const float *weights, int k, const float *shared,
+                         float shared_weight, int n, float *x);
+    float (*sigmoid)(float x);
+} sum_job;
+
+static void sum_task(void *arg, int task, int thread)
+{
+    (void)thread;
+    const sum_job *job = arg;
+    const fomoe_moe *moe = job->moe;
+    int k = moe->shape.top_k, hidden = moe->shape.hidden, end = (task + 1) * SUM_TOKENS_PER_TASK;
+    for (int t = task * SUM_TOKENS_PER_TASK; t < end && t < moe->tokens; t++) {
+        const float *outs[MAX_TOP_K];
+        for (int r = 0; r < k; r++)
+            outs[r] = moe->out + (int64_t)moe->pair_of[t * k + r] * hidden;
+        const float *shared = moe->has_shared ? moe->shared_out + (int64_t)t * hidden : NULL;
+        float shared_weight = moe->has_gate ? job->sigmoid(moe->shared_gate[t]) : 1.0f;
+        job->weighted_sum(outs, moe->weights + t * k, k, shared, shared_weight, hidden, job->x + t * job->ldx);
+    }
+}
+
+int fomoe_moe_finish(fomoe_moe *moe, float *x, int64_t ldx)
+{
+    if (moe->pairs_left)
+        return moe->pairs_left;
+    sum_job job = { moe, x, ldx, ISA_PICK(weighted_sum), ISA_PICK(sigmoid) };
+    fomoe_pool_run(moe->pool, (moe->tokens + SUM_TOKENS_PER_TASK - 1) / SUM_TOKENS_PER_TASK, sum_task, &job);
+    return 0;
+}

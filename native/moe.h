@@ -1,0 +1,47 @@
+/* The experts of one MoE layer for the tokens of one step.
+ *
+ * Owns: which token picked which expert, the experts' products in any order of arrival, the sum in rank order.
+ * Does not know: routers, caches, where an expert's bytes came from.
+ *
+ * A pair is one (token, rank). Pairs are sorted by expert, so that an expert's outputs are consecutive rows.
+ * Every output is kept until fomoe_moe_finish adds them up by rank: results do not depend on the order of arrival.
+ */
+#ifndef FOMOE_MOE_H
+#define FOMOE_MOE_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include "linear.h"
+
+typedef struct {
+    int32_t num_experts, top_k, hidden, ff;
+    int32_t gate_type, up_type, down_type;
+    int64_t gate_row_bytes, up_row_bytes, down_row_bytes;
+} fomoe_moe_shape;
+
+typedef struct fomoe_moe fomoe_moe;
+
+/* Bytes of memory that the steps of such layers need; `shared_ff` is 0 without a shared expert. */
+size_t fomoe_moe_bytes(int num_threads, int max_tokens, const fomoe_moe_shape *shape, int shared_ff);
+
+/* Begins a step in `memory` (64-byte aligned, fomoe_moe_bytes long), which may have served another shape before.
+ * `serial` is a pool of one thread. h [tokens][ldh] must stay until the last run; ids and weights [tokens][top_k] until
+ * finish. shared_types[num_types]: the types of the shared expert's matrices that multiply h. */
+fomoe_moe *fomoe_moe_begin(void *memory, fomoe_pool *pool, fomoe_pool *serial, const fomoe_moe_shape *shape,
+                           int shared_ff, const int32_t *shared_types, int num_types, const float *h, int64_t ldh,
+                           int tokens, const int32_t *ids, const float *weights);
+
+/* Computes experts given as (expert, gate address, up address, down address); one that no token picked costs nothing.
+ * -EINVAL when an expert is out of range or was run before in this step. */
+int fomoe_moe_run(fomoe_moe *moe, const int64_t *experts, int num);
+
+/* Computes the shared expert. Types and rows as fomoe_product; gate_inp.data NULL when it has none. */
+void fomoe_moe_shared(fomoe_moe *moe, const fomoe_product *gate, const fomoe_product *up, const fomoe_product *down,
+                      const fomoe_product *gate_inp);
+
+/* x[t] += sum by rank of weight * output + shared; returns the number of pairs whose expert never ran (x is then left
+ * alone). */
+int fomoe_moe_finish(fomoe_moe *moe, float *x, int64_t ldx);
+
+#endif

@@ -1,0 +1,448 @@
+"""The CPU steps against the plain float64 reference, for every instruction set of this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from fomoe.errors import UnsupportedError
+from fomoe.kernels.cpu import ISA_NAMES, CpuOps
+from fomoe.kernels.ops import (
+    AttentionSpec,
+    DeltaSpec,
+    DeltaState,
+    KvCache,
+    MoeSpec,
+    Routing,
+    Segment,
+    Tensor,
+)
+from fomoe.kernels.reference import ReferenceOps
+from fomoe.kernels.table import F16, F32, Q8_0, QuantType
+from fomoe.native import lib
+
+Floats = npt.NDArray[np.float32]
+MAX_TOKENS = 256
+ISAS = [name for i, name in enumerate(ISA_NAMES) if i <= lib.fomoe_isa_best()]
+REFERENCE = ReferenceOps()
+
+
+@pytest.fixture(params=ISAS)
+def ops(request: pytest.FixtureRequest) -> Iterator[CpuOps]:
+    made = CpuOps(2, MAX_TOKENS, request.param)
+    yield made
+    made.close()
+
+
+def rng(seed: int = 0) -> np.random.Generator:
+    return np.random.default_rng(seed)
+
+
+def normal(random: np.random.Generator, *shape: int) -> Floats:
+    return random.standard_normal(shape, dtype=np.float32)
+
+
+def tensor(values: Floats, type_: QuantType = F32) -> Tensor:
+    if type_ is F32:
+        data = values.view(np.uint8).reshape(-1)
+    elif type_ is F16:
+        data = values.astype(np.float16).view(np.uint8).reshape(-1)
+    else:
+        import gguf
+
+        data = gguf.quants.quantize(values, gguf.GGMLQuantizationType(type_.id)).reshape(-1)
+    return Tensor(name="w", type=type_, shape=values.shape, data=np.ascontiguousarray(data))
+
+
+def matrix(random: np.random.Generator, rows: int, cols: int, type_: QuantType = F32) -> Tensor:
+    return tensor(normal(random, rows, cols) / np.float32(np.sqrt(cols)), type_)
+
+
+def nmse(got: Any, want: Any) -> float:
+    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+    assert np.isfinite(got).all()
+    return float(np.sum((got - want) ** 2) / np.sum(want**2))
+
+
+# ---- dense ----
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 40])
+@pytest.mark.parametrize("normed", [True, False])
+def test_linear(ops: CpuOps, tokens: int, normed: bool) -> None:
+    random = rng()
+    x, norm = normal(random, tokens, 96), normal(random, 96)
+    tensors = [matrix(random, rows, 96) for rows in (1, 77, 300)]
+    outs = {}
+    for o in (ops, REFERENCE):
+        outs[o.name] = [o.buffer(tokens, t.shape[0]) for t in tensors]
+        weights = [o.weight(t) for t in tensors]
+        o.linear(x, weights, outs[o.name], norm=norm if normed else None, eps=1e-6)
+    for got, want in zip(outs["cpu"], outs["reference"], strict=True):
+        assert nmse(got, want) < 1e-12
+
+
+def test_linear_into_columns_of_a_wider_buffer(ops: CpuOps) -> None:
+    random = rng()
+    x, t = normal(random, 5, 64), matrix(random, 32, 64)
+    wide = np.zeros((5, 100), np.float32)
+    ops.linear(x, [ops.weight(t)], [wide[:, 10:42]])
+    want = REFERENCE.buffer(5, 32)
+    REFERENCE.linear(x, [REFERENCE.weight(t)], [want])
+    assert nmse(wide[:, 10:42], want) < 1e-12
+    assert not wide[:, :10].any()
+    assert not wide[:, 42:].any()
+
+
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_linear_add(ops: CpuOps, tokens: int) -> None:
+    random = rng()
+    x, out, t = normal(random, tokens, 96), normal(random, tokens, 150), matrix(random, 150, 96)
+    want = out.copy()
+    ops.linear_add(x, ops.weight(t), out)
+    REFERENCE.linear_add(x, REFERENCE.weight(t), want)
+    assert nmse(out, want) < 1e-12
+
+
+def test_embed_and_vector(ops: CpuOps) -> None:
+    t = matrix(rng(), 37, 64, Q8_0)
+    want = REFERENCE.vector(t)
+    assert np.array_equal(ops.vector(t), want)
+    out = ops.buffer(37, 64)
+    ops.embed(t.type, t.data.reshape(37, -1), out)
+    assert np.array_equal(out, want)
+
+
+# ---- experts ----
+
+
+def moe_spec(**changes: Any) -> MoeSpec:
+    made: dict[str, Any] = dict(
+        num_experts=12, top_k=3, hidden=96, ff=64, gate_type=F32, up_type=F32, down_type=F32
+    )
+    return MoeSpec(**(made | changes))
+
+
+@pytest.mark.parametrize("tokens", [1, 50])
+@pytest.mark.parametrize("renormalise", [True, False])
+def test_route(ops: CpuOps, tokens: int, renormalise: bool) -> None:
+    random = rng()
+    spec = moe_spec(num_experts=50, top_k=6, renormalise=renormalise, weights_scale=2.5)
+    x, norm, router = normal(random, tokens, 96), normal(random, 96), matrix(random, 50, 96)
+    got = ops.route(spec, x, norm, 1e-6, ops.weight(router))
+    want = REFERENCE.route(spec, x, norm, 1e-6, REFERENCE.weight(router))
+    assert np.array_equal(got.ids, want.ids)
+    assert nmse(got.h, want.h) < 1e-12
+    assert nmse(got.logits, want.logits) < 1e-12
+    assert nmse(got.weights, want.weights) < 1e-12
+
+
+def test_route_ties_go_to_the_lower_id(ops: CpuOps) -> None:
+    spec = moe_spec(num_experts=40, top_k=4)
+    x, norm = np.ones((1, 96), np.float32), np.ones(96, np.float32)
+    router = ops.weight(tensor(np.zeros((40, 96), np.float32)))
+    got = ops.route(spec, x, norm, 1e-6, router)
+    assert got.ids.tolist() == [[0, 1, 2, 3]]
+    assert np.allclose(got.weights, 0.25)
+
+
+class Layer:
+    """A MoE layer's weights, and its output from either backend."""
+
+    def __init__(self, spec: MoeSpec, tokens: int, shared_gate: bool | None = None) -> None:
+        random = rng(tokens)
+        self.spec = spec
+        self.experts = [
+            (
+                matrix(random, spec.ff, spec.hidden, spec.gate_type),
+                matrix(random, spec.ff, spec.hidden, spec.up_type),
+                matrix(random, spec.hidden, spec.ff, spec.down_type),
+            )
+            for _ in range(spec.num_experts)
+        ]
+        self.shared: Any = None
+        if shared_gate is not None:
+            gate_inp = matrix(random, 1, spec.hidden) if shared_gate else None
+            shapes = ((40, spec.hidden), (40, spec.hidden), (spec.hidden, 40))
+            self.shared = (*(matrix(random, *shape) for shape in shapes), gate_inp)
+        self.x = normal(random, tokens, spec.hidden)
+        ids = [random.permutation(spec.num_experts)[: spec.top_k] for _ in range(tokens)]
+        self.routing = Routing(
+            h=normal(random, tokens, spec.hidden),
+            logits=np.zeros((tokens, spec.num_experts), np.float32),
+            ids=np.array(ids, np.int32),
+            weights=random.random((tokens, spec.top_k), dtype=np.float32),
+        )
+
+    def addresses(self, expert: int) -> tuple[int, int, int, int]:
+        gate, up, down = (t.data.ctypes.data for t in self.experts[expert])
+        return expert, gate, up, down
+
+    def begin(self, ops: Any) -> Any:
+        shared = self.shared and tuple(t and ops.weight(t) for t in self.shared)
+        return ops.moe(self.spec, self.routing, shared)
+
+    def output(self, ops: Any, groups: list[list[int]], shared_after: int = 0) -> Floats:
+        """The layer's output with the experts run group by group."""
+        call = self.begin(ops)
+        for i, group in enumerate(groups):
+            if i == shared_after:
+                call.shared()
+            call.run([self.addresses(e) for e in group])
+        x = self.x.copy()
+        call.finish(x)
+        return x
+
+
+ALL = list(range(12))
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 50, 256])
+@pytest.mark.parametrize("shared_gate", [None, False, True])
+def test_moe(ops: CpuOps, tokens: int, shared_gate: bool | None) -> None:
+    layer = Layer(moe_spec(), tokens, shared_gate)
+    want = layer.output(REFERENCE, [ALL])
+    assert nmse(layer.output(ops, [ALL]), want) < 1e-12
+
+
+def test_moe_of_quantised_experts(ops: CpuOps) -> None:
+    layer = Layer(moe_spec(gate_type=Q8_0, up_type=F16, down_type=Q8_0), 9)
+    want = layer.output(REFERENCE, [ALL])
+    assert nmse(layer.output(ops, [ALL]), want) < 1e-4
+
+
+@pytest.mark.parametrize("tokens", [1, 50])
+def test_moe_does_not_depend_on_the_order_of_arrival(ops: CpuOps, tokens: int) -> None:
+    layer = Layer(moe_spec(gate_type=Q8_0, up_type=Q8_0, down_type=Q8_0), tokens, True)
+    want = layer.output(ops, [ALL])
+    for seed in range(5):
+        random = rng(seed)
+        order = random.permutation(12).tolist()
+        cuts = sorted(random.integers(0, 12, 3))
+        groups = [order[a:b] for a, b in zip([0, *cuts], [*cuts, 12], strict=True)]
+        got = layer.output(ops, groups, shared_after=seed % 4)
+        assert np.array_equal(got, want)
+
+
+def test_moe_follows_replaced_ids(ops: CpuOps) -> None:
+    layer = Layer(moe_spec(), 7)
+    layer.routing.ids = layer.routing.ids[:, ::-1]  # not contiguous, as a policy may leave it
+    layer.routing.weights = np.asfortranarray(layer.routing.weights)
+    assert nmse(layer.output(ops, [ALL]), layer.output(REFERENCE, [ALL])) < 1e-12
+
+
+def test_moe_that_lacks_an_expert_is_an_error_of_ours(ops: CpuOps) -> None:
+    layer = Layer(moe_spec(), 1)
+    missing = int(layer.routing.ids[0, 0])
+    x = layer.x.copy()
+    call = layer.begin(ops)
+    call.run([layer.addresses(e) for e in ALL if e != missing])
+    with pytest.raises(AssertionError, match="never ran"):
+        call.finish(x)
+    assert np.array_equal(x, layer.x)
+    with pytest.raises(AssertionError, match="given twice"):
+        call.run([layer.addresses(e) for e in ALL])
+
+
+# ---- attention ----
+
+
+def attention_spec(**changes: Any) -> AttentionSpec:
+    made: dict[str, Any] = dict(
+        heads=8, kv_heads=2, head_dim=48, rope_dims=24, rope_base=1e6, scale=0.2, eps=1e-6,
+        gated=True,
+    )  # fmt: skip
+    return AttentionSpec(**(made | changes))
+
+
+class Sequences:
+    """Sequences with what both backends need to attend: their own caches, and the same inputs."""
+
+    def __init__(self, spec: AttentionSpec, lengths: list[int], dtype: Any = np.float32) -> None:
+        self.spec, self.lengths = spec, lengths
+        page_tokens, total = 16, max(lengths)
+        each = -(-total // page_tokens)
+        order = rng(1).permutation(each * len(lengths)).astype(np.int32)
+        self.pages = order.reshape(len(lengths), each)
+        shape = (order.size, spec.kv_heads, page_tokens, spec.head_dim)
+        self.caches = [
+            KvCache(np.full(shape, np.nan, dtype), np.full(shape, np.nan, dtype), page_tokens)
+            for _ in range(2)
+        ]
+        random = rng(2)
+        q_width = spec.heads * spec.head_dim * (2 if spec.gated else 1)
+        kv_width = spec.kv_heads * spec.head_dim
+        self.q = [normal(random, n, q_width) for n in lengths]
+        self.k = [normal(random, n, kv_width) for n in lengths]
+        self.v = [normal(random, n, kv_width) for n in lengths]
+        self.norms = normal(random, 2, spec.head_dim)
+        self.done = [0] * len(lengths)
+
+    def step(self, ops: Any, counts: list[int], normed: bool = True) -> float:
+        """Attend the next counts[i] tokens of every sequence; the NMSE against the reference."""
+        segments, rows, start = [], [], 0
+        for i, count in enumerate(counts):
+            if not count:
+                continue
+            at = self.done[i]
+            segments.append(Segment(start, count, at, self.pages[i], ()))
+            rows.append((i, slice(at, at + count)))
+            start += count
+            self.done[i] += count
+        outs = []
+        q_norm, k_norm = self.norms if normed else (None, None)
+        for o, cache in zip((ops, REFERENCE), self.caches, strict=True):
+            q, k, v = (np.concatenate([x[i][r] for i, r in rows]) for x in (self.q, self.k, self.v))
+            out = np.full((start, self.spec.heads * self.spec.head_dim), np.nan, np.float32)
+            o.attention(self.spec, q, k, v, q_norm, k_norm, cache, segments, out)
+            outs.append(out)
+        return nmse(*outs)
+
+
+SPECS = {
+    "gated": attention_spec(),
+    "plain": attention_spec(gated=False, head_dim=32, rope_dims=32),
+    "many heads a kv head": attention_spec(heads=20, kv_heads=1, head_dim=16, rope_dims=4),
+    "one each": attention_spec(heads=3, kv_heads=3, head_dim=20, rope_dims=20),
+}
+
+
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS.keys())
+@pytest.mark.parametrize(("dtype", "limit"), [(np.float32, 1e-11), (np.float16, 1e-6)])
+def test_attention(ops: CpuOps, spec: AttentionSpec, dtype: Any, limit: float) -> None:
+    sequences = Sequences(spec, [150, 40], dtype)
+    for counts in ([70, 0], [1, 17], [1, 1], [78, 1], [0, 21]):
+        assert sequences.step(ops, counts) < limit
+
+
+def test_attention_without_norms(ops: CpuOps) -> None:
+    assert Sequences(attention_spec(), [30]).step(ops, [30], normed=False) < 1e-11
+
+
+def test_attention_over_many_keys(ops: CpuOps) -> None:
+    """Long contexts of few queries are split by keys, and the parts combined."""
+    spec = attention_spec(head_dim=16, rope_dims=8)
+    sequences = Sequences(spec, [1200, 30])
+    for _ in range(4):
+        sequences.step(ops, [256, 0])
+    for counts in ([1, 29], [3, 1], [8, 0]):
+        assert sequences.step(ops, counts) < 1e-11
+
+
+# ---- delta-net ----
+
+
+def delta_spec(**changes: Any) -> DeltaSpec:
+    made: dict[str, Any] = dict(
+        k_heads=2, v_heads=6, head_dim=24, conv_kernel=4, eps=1e-6, tiled=True
+    )
+    return DeltaSpec(**(made | changes))
+
+
+class Recurrence:
+    """One delta-net layer with its states for both backends."""
+
+    def __init__(self, spec: DeltaSpec, num_sequences: int = 1) -> None:
+        random = rng(3)
+        self.spec = spec
+        self.vectors = (
+            normal(random, spec.conv_dim, spec.conv_kernel),
+            normal(random, spec.v_heads),
+            -np.exp(normal(random, spec.v_heads)),
+            normal(random, spec.head_dim),
+        )
+        square = (spec.v_heads, spec.head_dim, spec.head_dim)
+        self.states = [
+            [
+                DeltaState(
+                    np.zeros((spec.conv_kernel - 1, spec.conv_dim), np.float32),
+                    np.zeros(square, np.float32),
+                )
+                for _ in range(num_sequences)
+            ]
+            for _ in range(2)
+        ]
+        self.random = random
+
+    def step(self, ops: Any, lengths: list[int]) -> float:
+        """The larger of the NMSE of the outputs and that of the states."""
+        spec, total = self.spec, sum(lengths)
+        widths = (spec.conv_dim, spec.value_dim, spec.v_heads, spec.v_heads)
+        inputs = [normal(self.random, total, width) for width in widths]
+        outs = []
+        for o, states in zip((ops, REFERENCE), self.states, strict=True):
+            starts = np.cumsum([0, *lengths]).tolist()
+            segments = [
+                Segment(start, length, 0, np.zeros(1, np.int32), [None, state])
+                for start, length, state in zip(starts, lengths, states, strict=False)
+            ]
+            out = np.full((total, spec.value_dim), np.nan, np.float32)
+            o.delta_net(spec, 1, *inputs, *self.vectors, segments, out)
+            outs.append(out)
+        errors = [nmse(*outs)]
+        for mine, reference in zip(*self.states, strict=True):
+            errors += [nmse(mine.s, reference.s), nmse(mine.conv, reference.conv)]
+        return max(errors)
+
+
+@pytest.mark.parametrize("tiled", [True, False])
+@pytest.mark.parametrize("head_dim", [24, 16, 5])
+def test_delta_net(ops: CpuOps, tiled: bool, head_dim: int) -> None:
+    layer = Recurrence(delta_spec(tiled=tiled, head_dim=head_dim))
+    for length in (1, 1, 2, 16, 17, 64, 1, 150, 65):
+        assert layer.step(ops, [length]) < 1e-10
+
+
+def test_delta_net_of_several_sequences(ops: CpuOps) -> None:
+    layer = Recurrence(delta_spec(), num_sequences=3)
+    for lengths in ([40, 1, 2], [1, 1, 1], [1, 70, 1]):
+        assert layer.step(ops, lengths) < 1e-10
+
+
+# ---- the whole ----
+
+
+@pytest.mark.parametrize("tokens", [1, 50])
+def test_results_do_not_depend_on_the_number_of_threads(tokens: int) -> None:
+    found = []
+    for num_threads in (1, 2, 3):
+        ops = CpuOps(num_threads, MAX_TOKENS)
+        layer = Layer(moe_spec(gate_type=Q8_0, up_type=Q8_0, down_type=Q8_0), tokens, True)
+        moe = layer.output(ops, [ALL])
+        sequences = Sequences(attention_spec(), [60])
+        sequences.step(ops, [tokens])
+        recurrence = Recurrence(delta_spec())
+        recurrence.step(ops, [tokens])
+        out = ops.buffer(tokens, 77)
+        ops.linear(layer.x, [ops.weight(matrix(rng(), 77, 96))], [out])
+        found.append([moe, sequences.caches[0].k, recurrence.states[0][0].s, out])
+        ops.close()
+    for other in found[1:]:
+        for got, want in zip(other, found[0], strict=True):
+            assert np.array_equal(got, want, equal_nan=True)
+
+
+def test_scratch_stays_within_what_was_planned() -> None:
+    shapes: dict[str, Any] = dict(
+        widths=[96, 48 * 8], attention=[attention_spec()], delta=[delta_spec()], moe=[moe_spec()],
+        shared_ff=40,
+    )  # fmt: skip
+    planned = CpuOps.workspace_bytes(2, MAX_TOKENS, **shapes)
+    ops = CpuOps(2, MAX_TOKENS)
+    ops.reserve(**shapes)
+    reserved = ops.scratch_bytes
+    assert 0 < reserved <= planned
+    Layer(moe_spec(), MAX_TOKENS, True).output(ops, [ALL])
+    Sequences(attention_spec(), [MAX_TOKENS]).step(ops, [MAX_TOKENS])
+    Recurrence(delta_spec()).step(ops, [MAX_TOKENS])
+    assert ops.scratch_bytes == reserved
+    ops.close()
+
+
+def test_unknown_isa_is_named() -> None:
+    with pytest.raises(UnsupportedError, match="choose auto"):
+        CpuOps(1, 1, "sse9")
