@@ -9,11 +9,14 @@ import asyncio
 import errno
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal
 
 from fomoe.errors import UnsupportedError
 from fomoe.io.files import Direct, Files, open_files
 from fomoe.io.queued import QueuedReader, ReadOptions
+from fomoe.io.reader import Reader
+from fomoe.io.replicas import ReplicaReader, check_same, replica_paths
 from fomoe.io.ring import UringReader
 from fomoe.io.threads import ThreadReader
 
@@ -32,14 +35,40 @@ def open_reader(
     loop: asyncio.AbstractEventLoop,
     io: Io = "auto",
     direct: Direct = "auto",
+    replicas: Sequence[Path] = (),
     options: ReadOptions | None = None,
-) -> QueuedReader:
+) -> Reader:
     """A reader of `paths`, numbered in that order. To be called on the loop's thread.
+
+    `replicas` are folders, or files in folders, that hold copies of all the files: they are read
+    side by side, by speed. ReadError when a copy is not one.
 
     "auto" takes io_uring, and threads where it is refused; direct reads, and buffered ones where a
     file system refuses them. `describe()` of the reader says what was taken and why.
     UnsupportedError when what is forced cannot be had, ReadError when a file cannot be opened.
     """
+    readers = [_open_one(paths, loop, io, direct, options)]
+    try:
+        for replica in replicas:
+            copies = replica_paths(paths, replica)
+            check_same(paths, copies)
+            readers.append(_open_one(copies, loop, io, direct, options))
+    except BaseException:
+        for reader in readers:
+            reader.close_now()
+        raise
+    if len(readers) == 1:
+        return readers[0]
+    return ReplicaReader(readers, [str(Path(paths[0]).parent), *map(str, replicas)])
+
+
+def _open_one(
+    paths: Sequence[str | os.PathLike[str]],
+    loop: asyncio.AbstractEventLoop,
+    io: Io,
+    direct: Direct,
+    options: ReadOptions | None,
+) -> QueuedReader:
     assert io in ("auto", "uring", "threads")
     files = open_files(paths, direct)
     try:

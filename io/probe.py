@@ -18,8 +18,8 @@ from pathlib import Path
 from fomoe.io.arena import Arena
 from fomoe.io.files import Direct
 from fomoe.io.open import Io, open_reader
-from fomoe.io.queued import QueuedReader, ReadOptions
-from fomoe.io.reader import Extent, ReadRequest
+from fomoe.io.queued import ReadOptions
+from fomoe.io.reader import Extent, Reader, ReadRequest
 
 # Slices of experts are 1 to 4 MB: what is measured is what will be asked.
 REQUEST_BYTES = 2304 << 10
@@ -73,8 +73,9 @@ class Drive:
 
 
 async def measure_reads(
-    reader: QueuedReader,
+    reader: Reader,
     arena: Arena,
+    file_bytes: Sequence[int],
     *,
     request_bytes: int = REQUEST_BYTES,
     outstanding: int = 8,
@@ -82,18 +83,17 @@ async def measure_reads(
     seed: int = 0,
     register: bool = True,
 ) -> ReadRate:
-    """Read random places of the reader's files for about `seconds`.
+    """Read random places of the reader's files, which have these sizes, for about `seconds`.
 
     The memory is touched (and registered) first, and a round of reads is left out of the figures.
     OSError when a read fails.
     """
     assert request_bytes % reader.alignment == 0
-    sizes = [os.fstat(descriptor).st_size for descriptor in reader.files.descriptors]
     base = arena.allocate(request_bytes * outstanding)
     arena.populate(base, request_bytes * outstanding)
     if register:
         reader.register_memory(base, request_bytes * outstanding)
-    load = _Load(reader, sizes, request_bytes, random.Random(seed))
+    load = _Load(reader, file_bytes, request_bytes, random.Random(seed))
     await load.run(base, outstanding, until=time.perf_counter())
     reads, cpu, begin = load.reads, time.process_time(), time.perf_counter()
     await load.run(base, outstanding, until=begin + seconds)
@@ -109,7 +109,7 @@ class _Load:
     """Keeps reads outstanding: each one that lands starts the next."""
 
     def __init__(
-        self, reader: QueuedReader, sizes: Sequence[int], request_bytes: int, rng: random.Random
+        self, reader: Reader, sizes: Sequence[int], request_bytes: int, rng: random.Random
     ) -> None:
         self._reader = reader
         self._sizes = sizes
@@ -200,7 +200,12 @@ async def _measure(
         arena.attach(reader)
         try:
             rate = await measure_reads(
-                reader, arena, outstanding=outstanding, seconds=SECONDS_A_CANDIDATE, seed=seed
+                reader,
+                arena,
+                [os.stat(path).st_size],
+                outstanding=outstanding,
+                seconds=SECONDS_A_CANDIDATE,
+                seed=seed,
             )
         finally:
             await reader.close()

@@ -181,12 +181,14 @@ class QueuedReader:
                 self._idle = self._idle or self._loop.create_future()
                 await asyncio.shield(self._idle)
         finally:
-            self._release()
+            self.close_now()
 
-    def _release(self) -> None:
-        """Free what the kernel holds, after waiting for it, however close() was interrupted."""
+    def close_now(self) -> None:
+        """As `close`, without the loop's help: blocks until what is in flight has landed."""
         if self._reader is None:
             return
+        self._closing = True
+        lib.fomoe_reader_stop(self._reader)
         check(lib.fomoe_reader_drain(self._reader), f"{self.name}: waiting for reads to land")
         self._on_ready()
         self._loop.remove_reader(self._event_fd)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -12,8 +12,8 @@ import numpy as np
 from fomoe.io.arena import Arena
 from fomoe.io.files import Direct, superset
 from fomoe.io.open import Io, open_reader
-from fomoe.io.queued import QueuedReader, ReadOptions
-from fomoe.io.reader import Extent, Priority, ReadRequest
+from fomoe.io.queued import ReadOptions
+from fomoe.io.reader import Extent, Priority, Reader, ReadRequest
 
 SMALL = ReadOptions(read_bytes=32768, depth=4, background_read_bytes=16384, background_depth=2)
 
@@ -27,7 +27,7 @@ def write_bytes(path: Path, size: int, seed: int = 0) -> np.ndarray:
 class Rig:
     """Reads byte ranges of files and gives back their bytes."""
 
-    def __init__(self, reader: QueuedReader, arena: Arena) -> None:
+    def __init__(self, reader: Reader, arena: Arena) -> None:
         self.reader = reader
         self.arena = arena
 
@@ -64,10 +64,11 @@ async def open_rig(
     direct: Direct = "auto",
     options: ReadOptions = SMALL,
     arena_bytes: int = 8 << 20,
+    replicas: Sequence[Path] = (),
 ) -> AsyncIterator[Rig]:
     loop = asyncio.get_running_loop()
     arena = Arena(arena_bytes)
-    reader = open_reader(paths, loop=loop, io=io, direct=direct, options=options)
+    reader = open_reader(paths, loop=loop, io=io, direct=direct, options=options, replicas=replicas)
     arena.attach(reader)
     try:
         yield Rig(reader, arena)

@@ -278,17 +278,25 @@ class Memory:
     path = Path("/proc/self/mem")
     begin = 1 << 33  # low: nothing is put there unless asked for
     hole = begin + 4096
+    elsewhere = begin + 65536
 
     def __init__(self) -> None:
         self._libc = ctypes.CDLL(None, use_errno=True)
         self._libc.mmap.restype = ctypes.c_void_p
         numbers = [ctypes.c_int] * 3
         self._libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *numbers, ctypes.c_long]
+        self._libc.mremap.restype = ctypes.c_void_p
         self._libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
         self._fill(self.begin, 7)
 
     def fill_hole(self) -> None:
-        self._fill(self.hole, 42)
+        """At once: a page that is full already moves in."""
+        self._fill(self.elsewhere, 42)
+        sizes = [ctypes.c_size_t(4096)] * 2
+        moved = self._libc.mremap(
+            ctypes.c_void_p(self.elsewhere), *sizes, 3, ctypes.c_void_p(self.hole)
+        )  # MREMAP_MAYMOVE | MREMAP_FIXED
+        assert moved == self.hole
 
     def _fill(self, address: int, value: int) -> None:
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x100000  # MAP_FIXED_NOREPLACE
