@@ -198,7 +198,8 @@ class ExpertCache:
 
     The picks of one token at one layer (or of a batch of tokens) are one event: touch() them first,
     then make room with them protected, so that no pick of an event ever evicts another.
-    An expert whose read is under way holds a slot of the store, and enters here when it has landed.
+    An expert enters when its read is submitted (its slot is taken from then on); the store protects
+    those whose reads have not landed.
     """
 
     def __init__(self, num_experts: int, capacity: int, policy: Policy) -> None:
@@ -233,7 +234,7 @@ class ExpertCache:
         self.policy.observe(probabilities, clock)
 
     def admit(self, expert: int, slot: int) -> None:
-        """The expert's bytes are in `slot` now."""
+        """The expert's bytes are in `slot`, or being read into it."""
         assert self._slot_of[expert] < 0 <= slot, "an expert is admitted once, into a real slot"
         self._slot_of[expert] = slot
         self.resident[expert] = True
@@ -248,15 +249,19 @@ class ExpertCache:
         self._count -= 1
         return slot
 
-    def victim(self, protected: Ids = ()) -> int | None:
-        """The resident that deserves its slot least, none of `protected`; None where all are.
-        Ties: the lowest expert number."""
+    def victim(self, protected: Ids = (), newcomer: int | None = None) -> int | None:
+        """The resident that deserves its slot least, none of `protected`; None where all are, or
+        where `newcomer` deserves a slot no more than it. Ties: the lowest expert number."""
         candidates = self.resident.copy()
         if len(protected):
             candidates[protected] = False
-        worth = np.where(candidates, self.policy.scores(self._clock), np.inf)
-        least = int(worth.argmin())
-        return least if candidates[least] else None
+        scores = self.policy.scores(self._clock)
+        least = int(np.where(candidates, scores, np.inf).argmin())
+        if not candidates[least]:
+            return None
+        if newcomer is not None and scores[newcomer] <= scores[least]:
+            return None
+        return least
 
     def victims(self, count: int, protected: Ids = ()) -> list[int]:
         """Up to `count` residents in the order in which victim() would name them."""

@@ -1,0 +1,440 @@
+"""The expert store: moves experts from the drive into slots, and hands them to compute as they
+land.
+
+Owns: slots, reads in flight, and the promise that a slot is never reused while the kernel may write
+to it or compute may read it. Does not know: how it is decided who stays (cache.py), how bytes are
+read (fomoe.io), what is computed. All methods run on the event loop's thread.
+
+An expert is absent, loading or ready. A ready expert is *held* while a step still has to compute
+it. Only ready experts that nobody holds are evicted. An expert that finds no slot of its layer
+travels in a transit slot, and when all of those are taken it waits until a computed expert makes
+room.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import numpy as np
+import numpy.typing as npt
+
+from fomoe.errors import ReadError
+from fomoe.experts.cache import ExpertCache
+from fomoe.experts.layout import ExpertLayout
+from fomoe.experts.slots import SlotPool
+from fomoe.io.reader import Priority, Reader, ReadRequest
+from fomoe.trace import Kind, Reason, Source, Tracer
+
+# An expert as compute takes it: its number, and the addresses of gate, up and down.
+Resident = tuple[int, int, int, int]
+
+
+@dataclass(slots=True)
+class StoreStats:
+    """Counters since the store was made. A pick is one expert of one token at one layer; a use is
+    one
+    expert that a step needed at one layer, by however many tokens."""
+
+    picks: int = 0
+    pick_hits: int = 0  # picks of experts that were ready when the router named them
+    uses: int = 0
+    hits: int = 0
+    late: int = 0  # uses whose read was under way already (prefetch, read-ahead)
+    expert_reads: int = 0
+    expert_bytes: int = 0  # payload of those reads
+    stall_ns: int = 0  # the forward waited for a read and had nothing to compute
+    handover_ns: list[int] = field(default_factory=list)  # landed -> compute, latest 4096
+
+
+@dataclass(slots=True)
+class _Layer:
+    """One layer's experts. `address` holds the slot of every loading or ready expert, else 0."""
+
+    index: int
+    layout: ExpertLayout
+    pool: SlotPool
+    cache: ExpertCache
+    address: list[int]
+    reserve: int  # transit slots that reads ahead leave to the step that is being computed
+    window_ns: float = 0.0  # a running mean of how long a step computes before it has to wait
+    loading: dict[int, ReadRequest] = field(default_factory=dict)
+    transit: set[int] = field(default_factory=set)
+    held: set[int] = field(default_factory=set)
+    ahead: set[int] = field(default_factory=set)
+    step: ExpertStep | None = None
+
+    def busy(self) -> list[int]:
+        """Experts whose slots the kernel may write to or compute may read."""
+        return [*self.held, *self.loading]
+
+
+class ExpertStore:
+    """The experts of all layers. `layouts`, `pools` and `caches` have one entry per layer; a
+    cache's
+    capacity is the number of the pool's slots that are its layer's."""
+
+    def __init__(
+        self,
+        *,
+        layouts: Sequence[ExpertLayout],
+        pools: Sequence[SlotPool],
+        caches: Sequence[ExpertCache],
+        reader: Reader,
+        top_k: int,
+        tracer: Tracer | None = None,
+    ) -> None:
+        self._reader = reader
+        self._tracer = tracer
+        self._layers = [
+            _Layer(i, layout, pool, cache, [0] * layout.num_experts, top_k)
+            for i, (layout, pool, cache) in enumerate(zip(layouts, pools, caches, strict=True))
+        ]
+        self.stats = StoreStats()
+        self.num_ahead = 0  # experts being read that no step waits for
+        self._read_ns = 0.0  # a running mean of a read's time in flight
+        self._settled: asyncio.Future[None] | None = None
+        self.clock = 0  # tokens seen; the time by which uses age
+
+    def note_uses(
+        self, layer: int, ids: npt.NDArray[np.int32], logits: npt.NDArray[np.float32]
+    ) -> None:
+        """The router of a layer picked ids [T, k], its logits being [T, experts]: one event."""
+        cache = self._layers[layer].cache
+        if cache.policy.wants_probabilities:
+            e = np.exp(logits - logits.max(axis=1, keepdims=True))
+            cache.observe((e / e.sum(axis=1, keepdims=True)).sum(axis=0), self.clock)
+        if len(ids) == 1:
+            cache.touch(ids[0], self.clock)
+        else:
+            experts, counts = np.unique(ids, return_counts=True)
+            cache.touch(experts, self.clock, counts.astype(np.float64))
+
+    def available(self, layer: int, *, in_flight: bool = True) -> npt.NDArray[np.bool_]:
+        """Experts whose use would not stall, bool [experts]: ready, or (`in_flight`) being read and
+        expected before the ready ones of a step have been computed. A copy."""
+        state = self._layers[layer]
+        result = state.cache.resident.copy()
+        now = time.perf_counter_ns()
+        for expert, request in state.loading.items():
+            begun = request.submitted_ns
+            lands = begun + self._read_ns if begun else now + 2 * self._read_ns
+            result[expert] = in_flight and lands <= now + state.window_ns
+        return result
+
+    async def settle(self) -> None:
+        """Wait until nothing is being read."""
+        while any(state.loading for state in self._layers):
+            self._settled = asyncio.get_running_loop().create_future()
+            await self._settled
+        self._settled = None
+
+    def is_ready(self, layer: int, expert: int) -> bool:
+        state = self._layers[layer]
+        return state.address[expert] != 0 and expert not in state.loading
+
+    def begin(self, layer: int, experts: Sequence[int], counts: Sequence[int]) -> ExpertStep:
+        """A step needs `experts` (distinct) of a layer, `counts[i]` tokens picking experts[i].
+
+        Reads of what is missing are on their way when this returns. The step must be closed.
+        """
+        state = self._layers[layer]
+        assert state.step is None, "one step at a time per layer"
+        step = ExpertStep(self, state, experts)
+        state.step = step
+        state.held.update(experts)
+        stats, address, loading = self.stats, state.address, state.loading
+        stats.uses += len(experts)
+        missing = []
+        for expert, count in zip(experts, counts, strict=True):
+            stats.picks += count
+            source = Source.RESIDENT
+            if not address[expert]:
+                source = Source.MISSING
+                missing.append(expert)
+            elif expert in loading:
+                source = Source.IN_FLIGHT
+                stats.late += 1
+                step.expect_late(expert)
+                self._promote(state, expert)
+            else:
+                stats.hits += 1
+                stats.pick_hits += count
+                step.landed_experts.append(expert)
+            if self._tracer:
+                now = time.perf_counter_ns()
+                self._tracer.event(Kind.USE, now, now, layer, expert, self.clock, a=count, b=source)
+        if state.transit:
+            self._drop_unwanted_transit(state)
+        if missing:
+            step.pending.extend(missing)
+            self._read_pending(state, step)
+        return step
+
+    def _promote(self, state: _Layer, expert: int) -> None:
+        if expert in state.ahead:
+            state.ahead.remove(expert)
+            self.num_ahead -= 1
+            self._reader.promote(state.loading[expert])
+
+    def prefetch(self, layer: int, experts: Sequence[int]) -> int:
+        """Start background reads of experts that will probably be needed, in order, as far as there
+        are slots for them. Returns how many of `experts` are dealt with: read, or there already.
+        """
+        state = self._layers[layer]
+        requests = []
+        done = 0
+        for expert in experts:
+            if not state.address[expert]:
+                slot = self._take_slot(state, expert, newcomer=True, reserve=state.reserve)
+                if slot is None:
+                    break
+                requests.append(self._request(state, expert, slot))
+                state.ahead.add(expert)
+            done += 1
+        if requests:
+            self.num_ahead += len(requests)
+            self._reader.submit(requests, Priority.BACKGROUND)
+        return done
+
+    def _read_pending(self, state: _Layer, step: ExpertStep) -> None:
+        """Give slots to experts that a step still needs, as far as there are any, and read them."""
+        requests = []
+        while step.pending:
+            slot = self._take_slot(state, step.pending[0], newcomer=step.sweeping)
+            if slot is None:
+                break
+            expert = step.pending.popleft()
+            step.waiting.add(expert)
+            requests.append(self._request(state, expert, slot))
+        if requests:
+            self._reader.submit(requests, Priority.DEMAND)
+
+    def _request(self, state: _Layer, expert: int, slot: int) -> ReadRequest:
+        request = ReadRequest(
+            extents=state.layout.extents(expert, slot),
+            done=partial(self._done, state, expert),
+            what=f"layer {state.index} expert {expert}",
+        )
+        state.address[expert] = slot
+        state.loading[expert] = request
+        return request
+
+    def _take_slot(
+        self, state: _Layer, expert: int, *, newcomer: bool, reserve: int = 0
+    ) -> int | None:
+        """A slot to read an expert into: one that the layer may still fill, that of an expert
+        evicted
+        for it, or one in transit while more than `reserve` of those are free. With `newcomer` an
+        expert is evicted only for one that the policy values more."""
+        cache = state.cache
+        if len(cache) < cache.capacity:
+            slot = state.pool.take()
+            cache.admit(expert, slot)
+            return slot
+        victim = cache.victim(state.busy(), newcomer=expert if newcomer else None)
+        if victim is not None:
+            slot = self._evict(state, victim)
+            cache.admit(expert, slot)
+            return slot
+        transit = state.pool.take_transit(reserve)
+        if transit is not None:
+            state.transit.add(expert)
+        return transit
+
+    def _evict(self, state: _Layer, victim: int) -> int:
+        slot = state.address[victim]
+        assert slot
+        assert victim not in state.loading
+        assert victim not in state.held
+        state.address[victim] = 0
+        state.cache.evict(victim)
+        if self._tracer:
+            now = time.perf_counter_ns()
+            self._tracer.event(Kind.EVICT, now, now, state.index, victim, self.clock)
+        return slot
+
+    def _done(self, state: _Layer, expert: int, request: ReadRequest) -> None:
+        """The kernel is done with an expert's slot."""
+        del state.loading[expert]
+        self._account(state, expert, request)
+        if request.error or request.cancelled:
+            self._forget(state, expert)
+            if state.step and expert in state.step.waiting:
+                state.step.fail(_read_error(request))
+            return
+        self.stats.expert_reads += 1
+        self.stats.expert_bytes += state.layout.expert_bytes
+        step = state.step
+        if self._tracer:
+            wanted = step is not None and expert in step.wanted
+            self._tracer.event(
+                Kind.READ if wanted else Kind.PREFETCH,
+                request.queued_ns,
+                request.landed_ns,
+                state.index,
+                expert,
+                self.clock,
+                a=state.layout.expert_bytes,
+                b=request.submitted_ns - request.queued_ns,
+            )
+        if step and expert in step.waiting:
+            step.waiting.remove(expert)
+            step.landed_experts.append(expert)
+            step.landed_ns[expert] = request.landed_ns
+            step.wake()
+        elif expert in state.transit and step and expert not in step.wanted:
+            self._forget(state, expert)
+
+    def _account(self, state: _Layer, expert: int, request: ReadRequest) -> None:
+        if expert in state.ahead:
+            state.ahead.remove(expert)
+            self.num_ahead -= 1
+        if request.error is None and not request.cancelled:
+            flight = request.landed_ns - request.submitted_ns
+            self._read_ns += (flight - self._read_ns) / 16 if self._read_ns else flight
+        if self._settled and not self._settled.done():
+            self._settled.set_result(None)
+
+    def _forget(self, state: _Layer, expert: int) -> None:
+        """A slot goes back to its pool without its expert being kept."""
+        slot = state.address[expert]
+        state.address[expert] = 0
+        if expert in state.transit:
+            state.transit.remove(expert)
+            state.pool.give_transit(slot)
+        else:
+            state.cache.evict(expert)
+            state.pool.give(slot)
+
+    def _drop_unwanted_transit(self, state: _Layer) -> None:
+        """Experts that were read ahead for this step, and that it does not need."""
+        assert state.step is not None
+        wanted = state.step.wanted
+        for expert in [e for e in state.transit if e not in wanted and e not in state.loading]:
+            self._forget(state, expert)
+
+    def _computed(self, state: _Layer, experts: Sequence[int], step: ExpertStep) -> None:
+        """Compute is done with these experts: their slots may be reused."""
+        for expert in experts:
+            state.held.discard(expert)
+            if expert in state.transit:
+                victim = state.cache.victim(state.busy(), newcomer=expert)
+                if victim is None:
+                    self._forget(state, expert)
+                else:
+                    state.pool.give_transit(self._evict(state, victim))
+                    state.transit.remove(expert)
+                    state.cache.admit(expert, state.address[expert])
+        if step.pending:
+            self._read_pending(state, step)
+
+    def _end(self, state: _Layer, step: ExpertStep) -> None:
+        """A step is over, complete or not: nothing is held, transit slots are given back."""
+        state.step = None
+        state.held.difference_update(step.wanted)
+        for expert in [e for e in state.transit if e not in state.loading]:
+            self._forget(state, expert)
+
+
+class ExpertStep:
+    """The experts that one step needs of one layer. Use: while `experts := await step.landed()`,
+    compute them and call computed(experts); close() in any case."""
+
+    def __init__(self, store: ExpertStore, state: _Layer, experts: Sequence[int]) -> None:
+        self._store = store
+        self._state = state
+        self.wanted = frozenset(experts)
+        # More experts than the layer has slots: newcomers must be worth more than who they
+        # displace.
+        self.sweeping = len(experts) > state.cache.capacity
+        self.landed_experts: list[int] = []
+        self.landed_ns: dict[int, int] = {}
+        self.waiting: set[int] = set()
+        self._late: set[int] = set()
+        self.pending: deque[int] = deque()
+        self._begin_ns = time.perf_counter_ns()
+        self._waker: asyncio.Future[None] | None = None
+        self._error: ReadError | None = None
+
+    def expect_late(self, expert: int) -> None:
+        """A read that was started ahead has not landed yet."""
+        self.waiting.add(expert)
+        self._late.add(expert)
+
+    def take(self) -> list[Resident]:
+        """The experts that can be computed now, without waiting."""
+        experts, self.landed_experts = self.landed_experts, []
+        layout, address = self._state.layout, self._state.address
+        if self.landed_ns:
+            now = time.perf_counter_ns()
+            handover = self._store.stats.handover_ns
+            for expert in experts:
+                if expert in self.landed_ns:
+                    handover.append(now - self.landed_ns.pop(expert))
+            del handover[:-4096]
+        return [(e, *layout.addresses(e, address[e])) for e in experts]
+
+    @property
+    def complete(self) -> bool:
+        """Every expert has been handed out."""
+        return not (self.landed_experts or self.waiting or self.pending)
+
+    async def landed(self) -> list[Resident]:
+        """The experts that landed since the last call, waiting for one if none has; [] at the end.
+
+        Raises ReadError when a read failed for good.
+        """
+        if not self.landed_experts and (self.waiting or self.pending):
+            begin = time.perf_counter_ns()
+            if self._begin_ns:
+                window = begin - self._begin_ns
+                self._state.window_ns += (window - self._state.window_ns) / 16
+                self._begin_ns = 0
+            while not self.landed_experts and self._error is None:
+                self._waker = asyncio.get_running_loop().create_future()
+                await self._waker
+            self._waker = None
+            self._stalled(begin)
+        if self._error is not None:
+            raise self._error
+        return self.take()
+
+    def computed(self, experts: Sequence[Resident]) -> None:
+        """Compute is done with experts that take() or landed() gave."""
+        self._store._computed(self._state, [e[0] for e in experts], self)
+
+    def close(self) -> None:
+        """The step is over; what is still being read lands in the cache."""
+        self._store._end(self._state, self)
+
+    def wake(self) -> None:
+        if self._waker is not None and not self._waker.done():
+            self._waker.set_result(None)
+
+    def fail(self, error: ReadError) -> None:
+        self._error = error
+        self.wake()
+
+    def _stalled(self, begin: int) -> None:
+        end = time.perf_counter_ns()
+        store = self._store
+        store.stats.stall_ns += end - begin
+        if store._tracer and self.landed_experts:
+            expert = self.landed_experts[0]
+            reason = Reason.LATE if expert in self._late else Reason.UNKNOWN
+            store._tracer.event(
+                Kind.STALL, begin, end, self._state.index, expert, store.clock, a=reason
+            )
+
+
+def _read_error(request: ReadRequest) -> ReadError:
+    if request.error is None:
+        return ReadError(f"{request.what}: the read was cancelled")
+    return ReadError(
+        f"{request.what}: {request.error}. Check the drive (dmesg, smartctl) and the file"
+    )

@@ -1,0 +1,216 @@
+"""The expert store against a reader that lands reads when the test says so."""
+
+import asyncio
+from types import SimpleNamespace
+
+import pytest
+
+from fomoe.errors import ReadError
+from fomoe.experts.cache import ExpertCache, make_policy
+from fomoe.experts.slots import SlotPool
+from fomoe.experts.store import ExpertStore
+from fomoe.io.reader import Extent, Priority
+
+SLOT = 4096
+
+
+class HandReader:
+    """Keeps requests until they are landed, failed or cancelled by hand."""
+
+    def __init__(self):
+        self.flying = []
+        self.promoted = []
+
+    def submit(self, requests, priority=Priority.DEMAND):
+        for request in requests:
+            request.queued_ns = request.submitted_ns = 1
+        self.flying += requests
+
+    def promote(self, request):
+        self.promoted.append(request)
+
+    def land(self, *, error=None, count=None):
+        some, self.flying = self.flying[:count], self.flying[count:] if count else []
+        for request in some:
+            request.landed_ns = 2
+            request.error = error
+            request.done(request)
+
+
+class Layout:
+    """Experts of one page."""
+
+    num_experts = 16
+    expert_bytes = slot_bytes = SLOT
+
+    def extents(self, expert, slot_address):
+        return [Extent(0, expert * SLOT, SLOT, slot_address, SLOT)]
+
+    def addresses(self, expert, slot_address):
+        return slot_address, slot_address, slot_address
+
+
+def make(quota=4, transit=3, layers=2, top_k=2):
+    reader = HandReader()
+    pool = SlotPool(1 << 20, SLOT, quota * layers + transit, transit)
+    store = ExpertStore(
+        layouts=[Layout()] * layers,
+        pools=[pool] * layers,
+        caches=[ExpertCache(16, quota, make_policy("lru", 16)) for _ in range(layers)],
+        reader=reader,
+        top_k=top_k,
+    )
+    return SimpleNamespace(store=store, reader=reader, pool=pool)
+
+
+def free_slots(s):
+    return len(s.pool._free)
+
+
+def run_step(s, layer, experts):
+    """Compute a step whose reads land at once; returns the experts in the order of computing."""
+
+    async def main():
+        step = s.store.begin(layer, experts, [1] * len(experts))
+        order = []
+        try:
+            while not step.complete:
+                some = step.take()
+                if not some:
+                    s.reader.land(count=1)
+                    continue
+                order += [e[0] for e in some]
+                step.computed(some)
+        finally:
+            step.close()
+        s.store.clock += 1
+        return order
+
+    return asyncio.run(main())
+
+
+def test_a_second_use_hits():
+    s = make()
+    run_step(s, 0, [1, 2])
+    assert (s.store.stats.hits, s.store.stats.expert_reads) == (0, 2)
+    run_step(s, 0, [2, 3])
+    assert (s.store.stats.hits, s.store.stats.expert_reads) == (1, 3)
+
+
+def test_the_least_recent_leaves_and_its_slot_is_reused():
+    s = make(quota=2, transit=2, layers=1)
+    run_step(s, 0, [1, 2])
+    run_step(s, 0, [2, 3])
+    assert [e for e in range(16) if s.store.is_ready(0, e)] == [2, 3]
+    assert free_slots(s) == 2
+
+
+@pytest.mark.parametrize("quota", [0, 1, 4, 16])
+def test_a_sweep_computes_every_expert_once_whatever_the_room(quota):
+    s = make(quota=quota, transit=2, layers=1)
+    for _ in range(3):
+        assert sorted(run_step(s, 0, list(range(16)))) == list(range(16))
+    assert free_slots(s) == 2 + quota - sum(s.store.is_ready(0, e) for e in range(16))
+
+
+def test_memory_of_a_read_in_flight_is_not_reused_when_its_step_ends():
+    s = make(quota=1, transit=1, layers=1)
+
+    async def main():
+        step = s.store.begin(0, [1, 2], [1, 1])
+        step.close()
+        busy = {r.extents[0].address for r in s.reader.flying}
+        assert len(busy) == 2
+        again = s.store.begin(0, [3], [1])
+        assert not {r.extents[0].address for r in s.reader.flying[2:]} & busy
+        s.reader.land()
+        assert s.store.is_ready(0, 1)
+        while not again.complete:
+            again.computed(again.take())
+            s.reader.land()
+        again.close()
+
+    asyncio.run(main())
+    assert free_slots(s) == 1
+
+
+def test_held_experts_are_not_evicted_by_their_own_step():
+    s = make(quota=2, transit=2, layers=1)
+    run_step(s, 0, [1, 2])
+
+    async def main():
+        step = s.store.begin(0, [1, 2, 3], [1, 1, 1])
+        ready = step.take()
+        assert [e[0] for e in ready] == [1, 2]
+        addresses = {e[1] for e in ready}
+        assert s.reader.flying[0].extents[0].address not in addresses
+        step.close()
+
+    asyncio.run(main())
+
+
+def test_waiting_wakes_for_each_landing():
+    s = make(layers=1)
+
+    async def main():
+        step = s.store.begin(0, [1, 2], [1, 1])
+        assert step.take() == []
+        waiter = asyncio.create_task(step.landed())
+        await asyncio.sleep(0)
+        s.reader.land(count=1)
+        assert [e[0] for e in await waiter] == [1]
+        s.reader.land()
+        assert [e[0] for e in await step.landed()] == [2]
+        assert await step.landed() == []
+        step.close()
+
+    asyncio.run(main())
+    assert s.store.stats.stall_ns > 0
+
+
+def test_a_failed_read_raises_and_gives_its_slot_back():
+    s = make(layers=1)
+
+    async def main():
+        step = s.store.begin(0, [1, 2], [1, 1])
+        s.reader.land(error=OSError(5, "Input/output error"), count=1)
+        with pytest.raises(ReadError, match=r"layer 0 expert 1.*Input/output"):
+            await step.landed()
+        step.close()
+        s.reader.land()
+
+    asyncio.run(main())
+    assert not s.store.is_ready(0, 1)
+    assert s.store.is_ready(0, 2)
+    assert run_step(s, 0, [1]) == [1]
+
+
+def test_prefetched_experts_are_promoted_when_they_are_wanted():
+    s = make(layers=2)
+    assert s.store.prefetch(1, [5, 6]) == 2
+
+    async def main():
+        step = s.store.begin(1, [5, 7], [1, 1])
+        assert [r.what for r in s.reader.promoted] == ["layer 1 expert 5"]
+        assert s.store.stats.late == 1
+        s.reader.land()
+        assert sorted(e[0] for e in await step.landed()) == [5, 7]
+        step.close()
+
+    asyncio.run(main())
+    assert s.store.is_ready(1, 6)
+
+
+def test_read_ahead_leaves_transit_slots_to_the_step_at_hand():
+    s = make(quota=0, transit=4, layers=2, top_k=2)
+    assert s.store.prefetch(1, [1, 2, 3, 4]) == 2
+    assert sorted(run_step(s, 0, [1, 2, 3])) == [1, 2, 3]
+
+
+def test_what_was_read_ahead_in_vain_is_dropped():
+    s = make(quota=0, transit=4, layers=2, top_k=1)
+    s.store.prefetch(1, [1, 2])
+    s.reader.land(count=1)
+    run_step(s, 1, [3])
+    s.reader.land()
+    assert free_slots(s) == 4
