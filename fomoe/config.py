@@ -1,0 +1,86 @@
+"""Options of an engine: one frozen dataclass, built once at the edge and passed down.
+
+Owns: names, defaults and the checks that need no file. Does not know: the model, the machine.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fomoe.errors import RequestError
+from fomoe.experts.car import CarOptions
+
+_UNITS = {
+    "": 1, "b": 1,
+    "k": 1 << 10, "kib": 1 << 10, "kb": 10**3,
+    "m": 1 << 20, "mib": 1 << 20, "mb": 10**6,
+    "g": 1 << 30, "gib": 1 << 30, "gb": 10**9,
+    "t": 1 << 40, "tib": 1 << 40, "tb": 10**12,
+}  # fmt: skip
+
+
+def parse_size(text: str | int) -> int:
+    """Bytes from "4GiB", "4G" (both 2^32), "4GB" (4e9), "512MiB" or a plain number of bytes."""
+    if isinstance(text, int):
+        return text
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([a-zA-Z]*)\s*", text)
+    if not match or match[2].lower() not in _UNITS:
+        raise RequestError(f"{text!r} is not a size; write for example 16GiB, 16G or 800MiB")
+    return int(float(match[1]) * _UNITS[match[2].lower()])
+
+
+def format_size(nbytes: float) -> str:
+    """Bytes as a short text in binary units: "3.21 GiB"."""
+    for unit, size in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if nbytes >= size:
+            return f"{nbytes / size:.2f} {unit}"
+    return f"{nbytes:.0f} B"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineOptions:
+    """How an engine runs. Names follow llama.cpp's flags where it has them.
+
+    dram: bytes that the process may use in all; None plans from what the machine has free.
+    context: tokens of KV cache, shared by all sequences that run at once.
+    ubatch: tokens of one forward step at most.
+    parallel: sequences that run at once; further ones wait for their turn.
+    cache_type: element type of the KV cache, "f16" or "f32".
+    io, direct: how files are read (see fomoe.io.open).
+    cpu_isa: "auto", or a lesser instruction set than the processor has, for comparisons.
+    cache_policy: who stays in the expert cache (see fomoe.experts.cache).
+    """
+
+    dram: int | None = None
+    context: int = 4096
+    ubatch: int = 512
+    parallel: int = 1
+    threads: int | None = None
+    cache_type: str = "f16"
+    io: str = "auto"
+    direct: str = "auto"
+    cpu_isa: str = "auto"
+    cache_policy: str = "lfu"
+    replicas: tuple[Path, ...] = ()
+    car: CarOptions = field(default_factory=CarOptions)
+    trace: Path | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("context", "ubatch", "parallel"):
+            if getattr(self, name) < 1:
+                raise RequestError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.threads is not None and self.threads < 1:
+            raise RequestError(f"threads must be at least 1, not {self.threads}")
+        if self.dram is not None and self.dram < 1:
+            raise RequestError(f"dram must be a positive number of bytes, not {self.dram}")
+        for name, allowed in (
+            ("cache_type", ("f16", "f32")),
+            ("io", ("auto", "uring", "threads")),
+            ("direct", ("auto", "on", "off")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise RequestError(
+                    f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}"
+                )
