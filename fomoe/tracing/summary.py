@@ -14,7 +14,7 @@ import numpy as np
 from fomoe.trace import Kind, Recording, Records
 from fomoe.tracing.layers import LayerTimes, layer_table
 from fomoe.tracing.phases import Phase, phases
-from fomoe.tracing.stalls import NAMES, ReasonTotal, Stall, StallReasons
+from fomoe.tracing.stalls import ReasonTotal, Stall, StallReasons
 from fomoe.tracing.timeline import StepTimes, Timeline, step_times, timeline
 
 
@@ -100,7 +100,6 @@ def as_json(summary: Summary) -> dict[str, Any]:
             "path": recording.path,
             "info": recording.info,
             "closed": recording.closed,
-            "start_ns": int(recording.records["begin"].min()) if len(recording.records) else 0,
             "records": len(recording.records),
             "dropped": recording.dropped,
             "damaged": recording.damaged,
@@ -111,10 +110,7 @@ def as_json(summary: Summary) -> dict[str, Any]:
             "stalls": [
                 asdict(s) | {"reason": s.reason.name.lower(), "why": s.why} for s in summary.stalls
             ],
-            "reasons": [
-                asdict(r) | {"reason": r.reason.name.lower(), "name": NAMES[r.reason]}
-                for r in summary.reasons
-            ],
+            "reasons": [asdict(r) | {"reason": r.reason.name.lower()} for r in summary.reasons],
             "prediction": asdict(summary.prediction) if summary.prediction else None,
             "substitution": asdict(summary.substitution) if summary.substitution else None,
         }.items()

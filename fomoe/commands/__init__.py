@@ -1,0 +1,1 @@
+"""fomoe.commands: one module per command of the command line."""

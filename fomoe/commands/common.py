@@ -1,0 +1,139 @@
+"""Flags that all commands with a model share, and how they become an engine.
+
+Owns: names of flags (llama.cpp's where it has them), the plan and progress on stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from fomoe.config import parse_size
+from fomoe.demo import DEMO_MODEL
+from fomoe.engine import Engine, Opening
+from fomoe.errors import RequestError
+from fomoe.plan import MemoryPlan
+
+
+def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
+    """The model, memory, threads and I/O."""
+    group = parser.add_argument_group("model and engine")
+    group.add_argument(
+        "-m", "--model", type=Path, metavar="FILE",
+        help="GGUF file, any shard of a split one (default: the demo model)",
+    )  # fmt: skip
+    group.add_argument(
+        "--dram", type=_size, metavar="SIZE",
+        help="what the process may use in all, such as 16GiB (default: planned from what is free)",
+    )  # fmt: skip
+    group.add_argument(
+        "-c", "--ctx-size", type=int, default=4096, metavar="N",
+        help="tokens of context, shared by all that runs at once (default: %(default)s)",
+    )  # fmt: skip
+    group.add_argument(
+        "-ub", "--ubatch-size", type=int, default=512, metavar="N",
+        help="tokens of a prompt computed in one step (default: %(default)s)",
+    )  # fmt: skip
+    group.add_argument(
+        "-t", "--threads", type=int, metavar="N", help="compute threads (default: all processors)"
+    )
+    group.add_argument(
+        "-ctk", "--cache-type", choices=("f16", "f32"), default="f16",
+        help="element type of the key and value cache (default: %(default)s)",
+    )  # fmt: skip
+    group.add_argument(
+        "--io", choices=("auto", "uring", "threads"), default="auto",
+        help="how experts are read: io_uring or preadv threads (default: %(default)s)",
+    )  # fmt: skip
+    group.add_argument(
+        "--direct", choices=("auto", "on", "off"), default="auto",
+        help="read past the page cache, O_DIRECT (default: %(default)s)",
+    )  # fmt: skip
+    group.add_argument(
+        "--replica", type=Path, action="append", default=[], metavar="PATH",
+        help="the same file on another drive: reads are shared between them (repeatable)",
+    )  # fmt: skip
+    group.add_argument(
+        "--cpu-isa", choices=("auto", "scalar", "avx2", "avx512", "amx"), default="auto",
+        help="use no more than this instruction set (default: what the processor has)",
+    )  # fmt: skip
+    group.add_argument(
+        "--cache-policy", default="lfu", metavar="NAME",
+        help="who stays in memory: lfu, lfru, lru, least-stale, mass (default: %(default)s)",
+    )  # fmt: skip
+    group.add_argument(
+        "--trace", type=Path, metavar="FILE", help="record reads, stalls and compute to a file"
+    )
+
+
+def open_engine(args: argparse.Namespace, *, quiet: bool = False, **more: Any) -> Opening:
+    """An engine as the flags say. Unless `quiet`, stderr shows the plan, then a bar."""
+    options: dict[str, Any] = {
+        "context": args.ctx_size,
+        "ubatch": args.ubatch_size,
+        "threads": args.threads,
+        "cache_type": args.cache_type,
+        "io": args.io,
+        "direct": args.direct,
+        "replicas": tuple(args.replica),
+        "cpu_isa": args.cpu_isa,
+        "cache_policy": args.cache_policy,
+        "trace": args.trace,
+    }
+    return Engine.open(
+        args.model or DEMO_MODEL,
+        dram=args.dram,
+        on_plan=None if quiet else show_plan,
+        progress=None if quiet else LoadBar(),
+        **(options | more),
+    )
+
+
+def show_plan(plan: MemoryPlan) -> None:
+    print("memory plan", *plan.lines(), sep="\n", file=sys.stderr)
+
+
+class LoadBar:
+    """A progress bar for the dense weights, on a terminal only."""
+
+    def __init__(self) -> None:
+        self._begin = time.perf_counter()
+        self._shown = 0.0
+
+    def __call__(self, done: int, total: int) -> None:
+        now = time.perf_counter()
+        if not sys.stderr.isatty() or (now - self._shown < 0.1 and done < total):
+            return
+        self._shown = now
+        rate = done / max(now - self._begin, 1e-9) / 1e9
+        filled = 30 * done // total
+        bar = "#" * filled + "." * (30 - filled)
+        end = "\n" if done == total else "\r"
+        print(f"dense weights [{bar}] {rate:5.2f} GB/s ", end=end, file=sys.stderr, flush=True)
+
+
+def read_prompt(args: argparse.Namespace) -> str:
+    """The prompt from -p, -f or standard input. Raises RequestError."""
+    if args.prompt is not None:
+        return str(args.prompt)
+    if args.file is not None:
+        try:
+            return str(args.file.read_text("utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise RequestError(f"cannot read the prompt from {args.file}: {error}") from error
+    if sys.stdin.isatty():
+        raise RequestError("no prompt: give one with -p TEXT, -f FILE or on standard input")
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise RequestError(f"standard input is not UTF-8 text: {error}") from error
+
+
+def _size(text: str) -> int:
+    try:
+        return parse_size(text)
+    except RequestError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error

@@ -1,0 +1,212 @@
+"""One step through the model: the place where routing, reads and compute meet.
+
+Owns: the order of things inside a step. Does not know: requests, sampling, who stays in the cache.
+
+Per layer: attention or delta-net; router; reads of missing experts are submitted; resident experts
+and the shared one are computed meanwhile; then each missing one as it lands. While a prompt sweeps
+through more experts than there are slots, the next layer's experts are read ahead as soon as this
+layer has nothing left to read.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from fomoe.experts.store import ExpertStep, ExpertStore
+from fomoe.kernels.ops import KvCache, Routing, Segment
+from fomoe.memory import finish
+from fomoe.models import HEAD_ROWS, Layer, Model
+from fomoe.residency import Residency
+from fomoe.scheduler import Chunk
+from fomoe.trace import Kind, Part, Tracer
+from fomoe.weights import EmbeddingRows
+
+R = TypeVar("R")
+
+# Steps of up to this many tokens compute on the event loop's thread: a layer takes a few
+# milliseconds at most, less than two thread switches would add to every one of its calls.
+_INLINE_TOKENS = 8
+# The loop runs at least this often between layers, so that requests are heard and can be cancelled.
+_YIELD_NS = 2_000_000
+
+
+class StepCancelledError(Exception):
+    """Nobody waits for the step any more; it was left between two layers."""
+
+
+class Forward:
+    """Runs steps, one at a time."""
+
+    def __init__(
+        self,
+        model: Model,
+        store: ExpertStore,
+        residency: Residency,
+        embedding: EmbeddingRows,
+        caches: Sequence[KvCache | None],
+        *,
+        read_ahead: bool,
+        tracer: Tracer | None = None,
+    ) -> None:
+        self._model = model
+        self._store = store
+        self._residency = residency
+        self._embedding = embedding
+        self._caches = caches
+        self._read_ahead = read_ahead
+        self._tracer = tracer
+        self._thread = ThreadPoolExecutor(1, "fomoe-compute")
+        self._inline = True
+        self._yielded_ns = 0
+
+    def close(self) -> None:
+        self._thread.shutdown()
+
+    async def run(self, chunks: Sequence[Chunk]) -> list[npt.NDArray[np.float32] | None]:
+        """Compute a step; returns the logits [n, vocab] that each chunk's sequence wants, or None.
+
+        Raises ReadError, and StepCancelledError when every sequence was cancelled meanwhile. After
+        either, the state of the chunks' sequences is undefined.
+        """
+        begin = time.perf_counter_ns()
+        num_tokens = sum(c.length for c in chunks)
+        self._inline = num_tokens <= _INLINE_TOKENS
+        self._yielded_ns = begin
+        ids = [t for c in chunks for t in c.sequence.tokens[c.start : c.start + c.length]]
+        self._residency.begin_step(chunks)
+        rows = await self._embedding.rows(ids)
+        x = await self._compute(Part.EMBED, -1, self._model.embed, rows)
+        segments = _segments(chunks)
+        for layer, cache in zip(self._model.layers, self._caches, strict=True):
+            await self._yield(chunks)
+            await self._layer(layer, cache, x, segments)
+        self._store.clock += num_tokens
+        await self._residency.end_step()
+        logits = [
+            await self._logits(chunk, x, s.start) for chunk, s in zip(chunks, segments, strict=True)
+        ]
+        if self._tracer:
+            is_prompt = any(c.is_prompt for c in chunks)
+            end = time.perf_counter_ns()
+            clock = self._store.clock - num_tokens
+            self._tracer.event(Kind.STEP, begin, end, token=clock, a=num_tokens, b=is_prompt)
+        return logits
+
+    async def _layer(
+        self, layer: Layer, cache: KvCache | None, x: Any, segments: Sequence[Segment]
+    ) -> None:
+        begin = time.perf_counter_ns()
+        index = layer.parameters.index
+        await self._compute(Part.MIX, index, layer.mix, x, segments, cache)
+        ahead: list[int] = []
+        if self._read_ahead and not self._inline and index + 1 < len(self._model.layers):
+            ahead = await self._predict(self._model.layers[index + 1], x)
+        routing = await self._compute(Part.ROUTE, index, layer.route, x)
+        self._residency.routed(index, routing)
+        experts, counts = _distinct(routing)
+        call = await self._compute(Part.ROUTE, index, layer.experts, routing)
+        step = self._store.begin(index, experts, counts)
+        try:
+            resident = step.take()
+            if resident:
+                await self._compute(Part.RESIDENT, index, call.run, resident)
+                step.computed(resident)
+            await self._compute(Part.SHARED, index, call.shared)
+            while True:
+                self._fetch_ahead(step, index, ahead)
+                landed = await step.landed()
+                if not landed:
+                    break
+                await self._compute(Part.LANDED, index, call.run, landed)
+                step.computed(landed)
+            await self._compute(Part.FINISH, index, call.finish, x)
+        finally:
+            step.close()
+        if self._tracer:
+            end = time.perf_counter_ns()
+            self._tracer.event(Kind.LAYER, begin, end, index, -1, self._store.clock)
+
+    async def _predict(self, layer: Layer, x: Any) -> list[int]:
+        """Experts that a layer will probably need, the most wanted first: its own router's word on
+        the
+        residual stream as it is before the layer below it has added its experts."""
+        routing = await self._compute(Part.ROUTE, layer.parameters.index, layer.route, x)
+        experts, counts = _distinct(routing)
+        order = np.argsort(-np.asarray(counts), kind="stable")
+        return [experts[i] for i in order]
+
+    def _fetch_ahead(self, step: ExpertStep, index: int, ahead: list[int]) -> None:
+        """When a layer has nothing left to submit, the next one's experts may come."""
+        if ahead and not step.pending:
+            del ahead[: self._store.prefetch(index + 1, ahead)]
+
+    async def _logits(self, chunk: Chunk, x: Any, start: int) -> npt.NDArray[np.float32] | None:
+        if chunk.sequence.wants_all_logits:
+            rows = range(start, start + chunk.length)
+        elif chunk.completes:
+            rows = range(start + chunk.length - 1, start + chunk.length)
+        else:
+            return None
+        parts = []
+        for i in range(rows.start, rows.stop, HEAD_ROWS):
+            some = x[i : min(i + HEAD_ROWS, rows.stop)]
+            parts.append(np.array(await self._compute(Part.HEAD, -1, self._model.head, some)))
+        return np.concatenate(parts)
+
+    async def _compute(self, part: Part, layer: int, call: Callable[..., R], *args: Any) -> R:
+        """Run compute: short steps here, long ones in the compute thread while the loop serves
+        reads.
+        A cancelled caller waits for the thread: it works on memory that the caller gives back."""
+        begin = time.perf_counter_ns()
+        if self._inline:
+            result = call(*args)
+        else:
+            future = asyncio.get_running_loop().run_in_executor(self._thread, call, *args)
+            result = await finish(future)
+        if self._tracer:
+            self._tracer.event(
+                Kind.COMPUTE, begin, time.perf_counter_ns(), layer, -1, self._store.clock, a=part
+            )
+        return result
+
+    async def _yield(self, chunks: Sequence[Chunk]) -> None:
+        now = time.perf_counter_ns()
+        if now - self._yielded_ns > _YIELD_NS:
+            await asyncio.sleep(0)
+            self._yielded_ns = now
+        if all(c.sequence.cancelled for c in chunks):
+            raise StepCancelledError
+
+
+def _segments(chunks: Sequence[Chunk]) -> list[Segment]:
+    segments, start = [], 0
+    for chunk in chunks:
+        state = chunk.sequence.state
+        assert state is not None
+        segments.append(
+            Segment(
+                start=start,
+                length=chunk.length,
+                position=chunk.start,
+                pages=state.pages,
+                delta=state.delta,
+            )
+        )
+        start += chunk.length
+    return segments
+
+
+def _distinct(routing: Routing) -> tuple[list[int], list[int]]:
+    """The experts that a step needs, ascending when there are several tokens, and their tokens."""
+    if len(routing.ids) == 1:
+        experts: list[int] = routing.ids[0].tolist()
+        return experts, [1] * len(experts)
+    unique, counts = np.unique(routing.ids, return_counts=True)
+    return unique.tolist(), counts.tolist()

@@ -1,0 +1,253 @@
+"""Opening a model: from a path to everything a step needs, in the order that fails early and leaks
+nothing.
+
+Owns: that order, and undoing it. Does not know: steps, sequences.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fomoe import host, models
+from fomoe.config import EngineOptions
+from fomoe.errors import FormatError
+from fomoe.experts.cache import ExpertCache, make_policy
+from fomoe.experts.car import CacheAwareRouter
+from fomoe.experts.layout import ExpertLayout
+from fomoe.experts.slots import SlotPool
+from fomoe.experts.store import ExpertStore
+from fomoe.gguf import GgufFile
+from fomoe.io.arena import Arena
+from fomoe.io.open import open_reader
+from fomoe.io.reader import Reader
+from fomoe.kernels.cpu import CpuOps
+from fomoe.memory import Background, prepare
+from fomoe.models import HyperParameters, Model
+from fomoe.plan import LayerNeed, MemoryPlan, make_plan
+from fomoe.residency import Residency
+from fomoe.state import StatePool, kv_bytes, recurrent_bytes
+from fomoe.tokenizer import Tokenizer
+from fomoe.trace import Tracer
+from fomoe.weights import DenseWeights, EmbeddingRows, embedding_row_room, region_bytes
+
+# What the interpreter, the allocator and the thread stacks take beyond what is counted below.
+_ALLOWANCE = 48 << 20
+_HUGE_PAGE = 2 << 20
+
+
+@dataclass(slots=True, kw_only=True)
+class Loaded:
+    """A model that is ready for steps. `close` undoes everything, in reverse."""
+
+    gguf: GgufFile
+    hp: HyperParameters
+    tokenizer: Tokenizer
+    reader: Reader
+    plan: MemoryPlan
+    model: Model
+    store: ExpertStore
+    residency: Residency
+    states: StatePool
+    embedding: EmbeddingRows
+    tracer: Tracer | None
+    load_gb_per_second: float
+    exits: AsyncExitStack
+
+    async def close(self) -> None:
+        await self.exits.aclose()
+
+
+async def load(
+    path: Path,
+    options: EngineOptions,
+    on_plan: Callable[[MemoryPlan], None] | None,
+    progress: Callable[[int, int], None] | None,
+) -> Loaded:
+    """Open, plan, allocate, read the dense weights. Raises FomoeError; nothing stays open then."""
+    gguf = GgufFile.open(path)
+    hp = models.describe(gguf)
+    tokenizer = Tokenizer.from_gguf(gguf)
+    threads = options.threads or host.num_processors()
+    shapes = _shapes(gguf, hp)
+    async with AsyncExitStack() as exits:
+        reader = open_reader(
+            gguf.paths,
+            loop=asyncio.get_running_loop(),
+            io=options.io,
+            direct=options.direct,
+        )
+        exits.push_async_callback(reader.close)
+        layouts = _layouts(gguf, hp, reader.alignment)
+        workspace = models.buffer_bytes(hp, options.ubatch)
+        workspace += CpuOps.workspace_bytes(threads, options.ubatch, **shapes)
+        plan = _plan(gguf, hp, options, layouts, reader.alignment, workspace)
+        if on_plan:
+            on_plan(plan)
+        tracer = None
+        if options.trace:
+            tracer = Tracer.create(options.trace, info=_trace_info(gguf, hp, layouts, options))
+            exits.callback(tracer.close)
+        arena = Arena(plan.total_bytes)
+        arena.attach(reader)
+        # Closing is idempotent; memory goes after the reader says that nothing is in flight.
+        exits.callback(arena.close)
+        exits.push_async_callback(reader.close)
+        weights = DenseWeights(gguf, hp.dense_tensors, arena, reader.alignment)
+        rate = await weights.load(reader, progress)
+        ops = CpuOps(threads, options.ubatch, options.cpu_isa)
+        exits.callback(ops.close)
+        ops.reserve(**shapes)
+        model = models.build(hp, ops, weights, max_tokens=options.ubatch)
+        tied = weights.tensor(hp.embedding) if hp.tied_head else None
+        table = gguf.tensors[hp.embedding]
+        embedding = EmbeddingRows(table, options.ubatch, arena, reader, tied)
+        states = StatePool(
+            hp,
+            context=options.context,
+            parallel=options.parallel,
+            cache_type=options.cache_type,
+            arena=arena,
+        )
+        pools = _pools(plan, arena)
+        store = _store(hp, options, layouts, pools, plan, reader, tracer)
+        residency = Residency(
+            store,
+            CacheAwareRouter(options.car, hp.num_layers, hp.layers[0].moe.top_k),
+            backfill=True,
+            deterministic=False,
+            recorder=None,
+            uses=None,
+        )
+        background = Background()
+        exits.push_async_callback(background.close)
+        for pool in dict.fromkeys(pools):
+            background.start(prepare(arena, reader, pool.base, pool.nbytes))
+        return Loaded(
+            gguf=gguf,
+            hp=hp,
+            tokenizer=tokenizer,
+            reader=reader,
+            plan=plan,
+            model=model,
+            store=store,
+            residency=residency,
+            states=states,
+            embedding=embedding,
+            tracer=tracer,
+            load_gb_per_second=rate,
+            exits=exits.pop_all(),
+        )
+
+
+def _layouts(gguf: GgufFile, hp: HyperParameters, alignment: int) -> list[ExpertLayout]:
+    layouts = []
+    for layer in hp.layers:
+        tensors = gguf.experts(layer.index)
+        if tensors is None:
+            raise FormatError(f"{gguf.paths[0]}: layer {layer.index} has no expert tensors")
+        layouts.append(ExpertLayout(tensors, alignment))
+    return layouts
+
+
+def _shapes(gguf: GgufFile, hp: HyperParameters) -> dict[str, Any]:
+    """What a backend sizes its scratch memory by."""
+    dense = (gguf.tensors[name].shape for name in hp.dense_tensors)
+    return {
+        "widths": sorted({shape[-1] for shape in dense if len(shape) > 1}),
+        "attention": list(dict.fromkeys(p.attention for p in hp.layers if p.attention)),
+        "delta": list(dict.fromkeys(p.delta for p in hp.layers if p.delta)),
+        "moe": list(dict.fromkeys(p.moe for p in hp.layers)),
+        "shared_ff": max(p.shared_ff for p in hp.layers),
+    }
+
+
+def _plan(
+    gguf: GgufFile,
+    hp: HyperParameters,
+    options: EngineOptions,
+    layouts: list[ExpertLayout],
+    alignment: int,
+    workspace: int,
+) -> MemoryPlan:
+    dense = sum(region_bytes(gguf.tensors[name], alignment) for name in hp.dense_tensors)
+    rows = embedding_row_room(gguf.tensors[hp.embedding]) * options.ubatch
+    fixed = [
+        ("process", host.resident_bytes() + _ALLOWANCE),
+        ("dense weights", dense + _HUGE_PAGE),
+        ("KV cache", kv_bytes(hp, options.context, options.cache_type)),
+        ("recurrent state", recurrent_bytes(hp) * options.parallel),
+        ("workspace", workspace + rows),
+    ]
+    needs = [
+        LayerNeed(
+            slot_bytes=layout.slot_bytes,
+            num_experts=layout.num_experts,
+            top_k=layer.moe.top_k,
+        )
+        for layout, layer in zip(layouts, hp.layers, strict=True)
+    ]
+    per_token = sum(
+        layout.expert_bytes * layer.moe.top_k
+        for layout, layer in zip(layouts, hp.layers, strict=True)
+    )
+    return make_plan(
+        budget=options.dram,
+        available=host.available_bytes() + host.resident_bytes(),
+        fixed=[(name, size) for name, size in fixed if size],
+        layers=needs,
+        expert_bytes_per_token=per_token,
+    )
+
+
+def _pools(plan: MemoryPlan, arena: Arena) -> list[SlotPool]:
+    """The slots of every layer; layers of one size of expert share a pool."""
+    pools: dict[int, SlotPool] = {}
+    for c in plan.classes:
+        num_slots = c.transit + sum(plan.quota[i] for i in c.layers)
+        base = arena.allocate(num_slots * c.slot_bytes, _HUGE_PAGE)
+        pools.update(dict.fromkeys(c.layers, SlotPool(base, c.slot_bytes, num_slots, c.transit)))
+    return [pools[i] for i in range(len(plan.quota))]
+
+
+def _store(
+    hp: HyperParameters,
+    options: EngineOptions,
+    layouts: list[ExpertLayout],
+    pools: list[SlotPool],
+    plan: MemoryPlan,
+    reader: Reader,
+    tracer: Tracer | None,
+) -> ExpertStore:
+    caches = [
+        ExpertCache(
+            layer.moe.num_experts, quota, make_policy(options.cache_policy, layer.moe.num_experts)
+        )
+        for layer, quota in zip(hp.layers, plan.quota, strict=True)
+    ]
+    return ExpertStore(
+        layouts=layouts,
+        pools=pools,
+        caches=caches,
+        reader=reader,
+        top_k=max(layer.moe.top_k for layer in hp.layers),
+        tracer=tracer,
+    )
+
+
+def _trace_info(
+    gguf: GgufFile, hp: HyperParameters, layouts: list[ExpertLayout], options: EngineOptions
+) -> dict[str, object]:
+    return {
+        "model": gguf.name,
+        "fingerprint": gguf.fingerprint,
+        "layers": hp.num_layers,
+        "experts": max(layer.moe.num_experts for layer in hp.layers),
+        "top_k": max(layer.moe.top_k for layer in hp.layers),
+        "expert_bytes": max(layout.expert_bytes for layout in layouts),
+        "threads": options.threads or host.num_processors(),
+    }

@@ -1,0 +1,93 @@
+"""A sequence: the tokens of one request, what has been computed of them, and who waits for the
+rest.
+
+Owns: tokens, limits, and the queue to the consumer. Does not know: the model, other sequences.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence as AnySequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from fomoe.errors import FomoeError
+from fomoe.sampling import Sampler
+from fomoe.state import SequenceState
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """What a step gave a sequence: a sampled token, or logits float32 [n, vocab] of the prompt."""
+
+    token: int = -1
+    logits: npt.NDArray[np.float32] | None = None
+    last: bool = False
+
+
+class Sequence:
+    """One request. With a sampler it is continued by up to `max_tokens` tokens, or until one of
+    `stop_ids`; without one, the logits of all its tokens are wanted and it ends. `stepwise`
+    computes a given text token by token, as if it were being generated. `number` tells sequences
+    apart.
+    """
+
+    def __init__(
+        self,
+        tokens: AnySequence[int],
+        *,
+        sampler: Sampler | None,
+        max_tokens: int = 0,
+        stop_ids: frozenset[int] = frozenset(),
+        stepwise: bool = False,
+        number: int = 0,
+    ) -> None:
+        self.tokens = list(tokens)
+        self.num_prompt = len(self.tokens)
+        self.num_computed = 0
+        self.max_total = self.num_prompt + max_tokens
+        self.stop_ids = stop_ids
+        self.stepwise = stepwise
+        self.number = number
+        self.sampler = sampler
+        self.state: SequenceState | None = None
+        self.cancelled = False
+        self.finished = False
+        self._outputs: asyncio.Queue[Output | FomoeError] = asyncio.Queue()
+
+    @property
+    def num_pending(self) -> int:
+        """Known tokens that have not been computed."""
+        return len(self.tokens) - self.num_computed
+
+    @property
+    def wants_all_logits(self) -> bool:
+        return self.sampler is None
+
+    def advance(self, length: int, logits: npt.NDArray[np.float32] | None) -> None:
+        """A step computed `length` tokens. `logits`: float32 [n, vocab], of all of them when all
+        are
+        wanted, else of the last one if the sequence has to be continued."""
+        self.num_computed += length
+        if self.sampler is None:
+            self.finished = self.num_pending == 0
+            self._outputs.put_nowait(Output(logits=logits, last=self.finished))
+        elif logits is not None:
+            token = self.sampler.sample(logits[-1], self.tokens)
+            self.tokens.append(token)
+            self.finished = token in self.stop_ids or len(self.tokens) >= self.max_total
+            self._outputs.put_nowait(Output(token=token, last=self.finished))
+
+    def fail(self, error: FomoeError) -> None:
+        """End the sequence with an error that its consumer will see."""
+        self.finished = True
+        self._outputs.put_nowait(error)
+
+    async def next_output(self) -> Output:
+        """The next output; raises what the sequence failed with."""
+        output = await self._outputs.get()
+        if isinstance(output, FomoeError):
+            raise output
+        return output

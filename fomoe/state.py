@@ -1,0 +1,108 @@
+"""What a sequence remembers: pages of keys and values, and the recurrent state of delta-net layers.
+
+Owns: the arrays, and who has which page and state. Does not know: tokens, text, how they are
+computed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from fomoe.io.arena import Arena
+from fomoe.kernels.ops import DeltaState, KvCache
+from fomoe.models import HyperParameters
+
+PAGE_TOKENS = 64
+
+_DTYPES = {"f16": np.dtype(np.float16), "f32": np.dtype(np.float32)}
+
+
+def num_pages(num_tokens: int) -> int:
+    return -(-num_tokens // PAGE_TOKENS)
+
+
+def kv_bytes(hp: HyperParameters, context: int, cache_type: str) -> int:
+    """Bytes of the key and value cache for `context` tokens."""
+    width = sum(
+        2 * layer.attention.kv_heads * layer.attention.head_dim
+        for layer in hp.layers
+        if layer.attention
+    )
+    return num_pages(context) * PAGE_TOKENS * width * _DTYPES[cache_type].itemsize
+
+
+def recurrent_bytes(hp: HyperParameters) -> int:
+    """Bytes of one sequence's recurrent state."""
+    return sum(
+        4 * ((d.conv_kernel - 1) * d.conv_dim + d.v_heads * d.head_dim * d.head_dim)
+        for d in (layer.delta for layer in hp.layers)
+        if d
+    )
+
+
+@dataclass(slots=True, eq=False)
+class SequenceState:
+    """One sequence's share: a page table (int32) and, per layer, its recurrent state or None."""
+
+    pages: npt.NDArray[np.int32]
+    delta: list[DeltaState | None]
+
+
+class StatePool:
+    """The caches of an engine. A sequence takes all it may ever need when it starts, so that
+    nothing
+    runs out in the middle."""
+
+    def __init__(
+        self, hp: HyperParameters, *, context: int, parallel: int, cache_type: str, arena: Arena
+    ) -> None:
+        self.caches: list[KvCache | None] = []
+        self._free_pages = list(reversed(range(num_pages(context))))
+        self._free_states: list[list[DeltaState | None]] = [[] for _ in range(parallel)]
+        for layer in hp.layers:
+            if layer.attention:
+                spec = layer.attention
+                shape = (len(self._free_pages), spec.kv_heads, PAGE_TOKENS, spec.head_dim)
+                dtype = _DTYPES[cache_type]
+                k, v = (_array(arena, shape, dtype) for _ in range(2))
+                self.caches.append(KvCache(k=k, v=v, page_tokens=PAGE_TOKENS))
+            else:
+                self.caches.append(None)
+            for states in self._free_states:
+                d = layer.delta
+                states.append(
+                    DeltaState(
+                        conv=_array(arena, (d.conv_kernel - 1, d.conv_dim), np.dtype(np.float32)),
+                        s=_array(arena, (d.v_heads, d.head_dim, d.head_dim), np.dtype(np.float32)),
+                    )
+                    if d
+                    else None
+                )
+        self.capacity = len(self._free_pages) * PAGE_TOKENS
+
+    def take(self, num_tokens: int) -> SequenceState | None:
+        """State for a sequence of at most `num_tokens`, or None until others give theirs back."""
+        pages = num_pages(num_tokens)
+        if pages > len(self._free_pages) or not self._free_states:
+            return None
+        table = np.array([self._free_pages.pop() for _ in range(pages)], np.int32)
+        states = self._free_states.pop()
+        for state in states:
+            if state is not None:
+                state.conv[...] = 0
+                state.s[...] = 0
+        return SequenceState(pages=table, delta=states)
+
+    def give(self, state: SequenceState) -> None:
+        self._free_pages.extend(state.pages.tolist())
+        self._free_states.append(state.delta)
+
+
+def _array(
+    arena: Arena, shape: tuple[int, ...], dtype: np.dtype[np.float16] | np.dtype[np.float32]
+) -> npt.NDArray[np.float16 | np.float32]:
+    nbytes = int(np.prod(shape)) * dtype.itemsize
+    return arena.view(arena.allocate(nbytes, 64), nbytes).view(dtype).reshape(shape)

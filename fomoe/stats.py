@@ -1,0 +1,88 @@
+"""What an engine has done: counters by phase, and the figures that people read.
+
+Owns: the public statistics. Does not know: how they come about. A figure that was not measured is
+None.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from fomoe.config import format_size
+
+
+@dataclass(slots=True)
+class PhaseStats:
+    """Counters of the steps of one kind: those with prompt tokens, or those that only generate.
+
+    A pick is one expert of one token at one layer; a hit is a pick whose expert was in memory when
+    the router named it. stall_seconds: the forward had nothing to compute until a read landed.
+    """
+
+    tokens: int = 0
+    steps: int = 0
+    seconds: float = 0.0
+    picks: int = 0
+    hits: int = 0
+    expert_reads: int = 0
+    expert_bytes: int = 0
+    stall_seconds: float = 0.0
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        return self.tokens / self.seconds if self.seconds else None
+
+    @property
+    def hit_rate(self) -> float | None:
+        return self.hits / self.picks if self.picks else None
+
+    @property
+    def bytes_per_token(self) -> float | None:
+        return self.expert_bytes / self.tokens if self.tokens else None
+
+    @property
+    def stall_share(self) -> float | None:
+        return self.stall_seconds / self.seconds if self.seconds else None
+
+    def to_dict(self) -> dict[str, Any]:
+        derived = ("tokens_per_second", "hit_rate", "bytes_per_token", "stall_share")
+        return dataclasses.asdict(self) | {name: getattr(self, name) for name in derived}
+
+
+@dataclass(slots=True)
+class Stats:
+    """Everything since the engine was opened."""
+
+    prompt: PhaseStats = field(default_factory=PhaseStats)
+    generation: PhaseStats = field(default_factory=PhaseStats)
+    load_seconds: float = 0.0
+    load_gb_per_second: float | None = None
+    read_retries: int = 0
+    short_reads: int = 0
+    landed_to_compute_us: float | None = None  # median, from a read's landing to its compute
+
+    def to_dict(self) -> dict[str, Any]:
+        result = dataclasses.asdict(self)
+        return result | {"prompt": self.prompt.to_dict(), "generation": self.generation.to_dict()}
+
+    def lines(self) -> list[str]:
+        """The figures as text, one line a phase."""
+        return [
+            _phase("prompt", self.prompt),
+            _phase("generation", self.generation),
+        ]
+
+
+def _phase(name: str, phase: PhaseStats) -> str:
+    if not phase.tokens:
+        return f"{name:<11} no tokens"
+    text = f"{name:<11} {phase.tokens} tokens, {phase.tokens_per_second:.2f} tokens per second"
+    if phase.hit_rate is not None:
+        text += (
+            f", hit rate {100 * phase.hit_rate:.1f} %"
+            f", {format_size(phase.bytes_per_token or 0)} read per token"
+            f", stalled {100 * (phase.stall_share or 0):.1f} % of the time"
+        )
+    return text
