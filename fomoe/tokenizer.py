@@ -40,6 +40,8 @@ _STOP_TEXTS = frozenset({
 _HARMONY_TEXTS = frozenset({"<|channel|>", "<|message|>", "<|start|>", "<|constrain|>", "<|end|>"})
 _HARMONY_MARKS = frozenset({"<|return|>", "<|call|>"})
 
+_MAX_TOKEN_CHARS = 4096
+
 _SPACE_MARK: Final = "▁"
 
 
@@ -98,6 +100,8 @@ class Tokenizer:
         sentencepiece = model == "llama"
         pre = None if sentencepiece else _pre_tokenizer(gguf)
         tokens = gguf.strings("tokenizer.ggml.tokens")
+        if not 0 < max(map(len, tokens), default=0) <= _MAX_TOKEN_CHARS:
+            raise FormatError(f"{gguf.paths[0]}: no tokens, or one longer than any real one")
         types = _numbers(gguf, "token_type", len(tokens), np.ones(len(tokens), np.int32))
         scores = np.zeros(0)
         if sentencepiece:
@@ -228,11 +232,14 @@ class Tokenizer:
             raise FormatError("tokenizer.ggml.merges: a merge is not of two parts")
         merges = list(zip(parts[::2], parts[1::2], strict=True))
         vocab = self._id_of_token
-        # The package panics on these.
-        unions = map(str.__add__, parts[::2], parts[1::2])
-        if not (all(map(vocab.__contains__, parts)) and all(map(vocab.__contains__, unions))):
-            raise FormatError("tokenizer.ggml.merges: a merge of or into what is no token")
-        encoder = tokenizers.Tokenizer(BPE(vocab, merges, ignore_merges=pre.whole_words))
+        # For a part that is no token the package raises Exception, for such a union it panics.
+        if not all(map(vocab.__contains__, map(str.__add__, parts[::2], parts[1::2]))):
+            raise FormatError("tokenizer.ggml.merges: a merge into what is no token")
+        try:
+            bpe = BPE(vocab, merges, ignore_merges=pre.whole_words)
+        except Exception as error:
+            raise FormatError(f"tokenizer.ggml.merges: {error}") from None
+        encoder = tokenizers.Tokenizer(bpe)
         if pre.nfc:
             encoder.normalizer = normalizers.NFC()
         splits = [pre_tokenizers.Split(Regex(p), "isolated") for p in pre.patterns]

@@ -1,7 +1,9 @@
 # ruff: noqa: RUF001  (look-alike characters are wanted here)
 """Tokenizers built from GGUF keys, against ones built by `tokenizers` and `transformers`."""
 
+import contextlib
 import json
+import random
 import threading
 from itertools import pairwise
 from pathlib import Path
@@ -15,7 +17,7 @@ from hypothesis import strategies as st
 from tokenizers import Regex, models, normalizers, pre_tokenizers, trainers
 
 from fomoe.demo import DEMO_MODEL
-from fomoe.errors import FormatError, RequestError, UnsupportedError
+from fomoe.errors import FomoeError, FormatError, RequestError, UnsupportedError
 from fomoe.gguf import GgufFile
 from fomoe.tokenizer import Tokenizer
 
@@ -368,7 +370,9 @@ def test_demo_model() -> None:
 
 def test_what_is_not_supported_is_named(tmp_path: Path) -> None:
     def opened(model: str, **keys: object) -> None:
-        file = write(tmp_path / "m.gguf", model, ["a", "b"], [1, 1], **keys)
+        tokens = keys.pop("tokens", ["a", "b"])
+        assert isinstance(tokens, list)
+        file = write(tmp_path / "m.gguf", model, tokens, [1] * len(tokens), **keys)
         Tokenizer.from_gguf(file).encode("a")
 
     with pytest.raises(UnsupportedError, match=r"tokenizer 'rwkv'; supported: gpt2"):
@@ -383,9 +387,36 @@ def test_what_is_not_supported_is_named(tmp_path: Path) -> None:
         opened("llama")
     with pytest.raises(FormatError, match="eos_token_id is 7, of 2 tokens"):
         opened("gpt2", pre="qwen2", merges=["a b"], eos_token_id=7)
-    with pytest.raises(FormatError, match="a merge of or into what is no token"):
+    with pytest.raises(FormatError, match="a merge into what is no token"):
         opened("gpt2", pre="qwen2", merges=["a b"])
+    with pytest.raises(FormatError, match="out of vocabulary"):
+        opened("gpt2", pre="qwen2", merges=["a Z"], tokens=["a", "b", "aZ"])
     with pytest.raises(FormatError, match="not of two parts"):
         opened("gpt2", pre="qwen2", merges=["ab"])
     with pytest.raises(FormatError, match=r"2 tokens, but tokenizer\.ggml\.scores has 1"):
         opened("llama", scores=[0.5])
+
+
+@pytest.mark.parametrize("model", ["gpt2", "llama"])
+def test_random_damage(tmp_path: Path, model: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """A damaged vocabulary is refused by name, or makes a tokenizer that works in some way."""
+    path = tmp_path / "m.gguf"
+    if model == "gpt2":
+        bpe_file(path, "qwen35", train((QWEN35,), True, whole_words=False))
+    else:
+        sentencepiece(path)
+    sound = path.read_bytes()
+    rng = random.Random(model)
+    worked = 0
+    for _ in range(200):
+        data = bytearray(sound)
+        for _ in range(rng.randint(1, 3)):
+            data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        with open(path, "r+b", buffering=0) as out:
+            out.write(data)
+        with contextlib.suppress(FomoeError):
+            tokenizer = Tokenizer.from_gguf(GgufFile.open(path))
+            tokenizer.decode(tokenizer.encode("The sea was calm 🙂 <|im_end|></s>"))
+            worked += 1
+    assert 0 < worked < 200
+    assert "panicked" not in capfd.readouterr().err
