@@ -217,6 +217,8 @@ def test_show_on_the_command_line(tmp_path: Path) -> None:
     assert "Where the time went" in shown.stdout
     figures = json.loads(tool("show", path, "--json").stdout)
     assert figures["phases"][0]["tokens"] == 40
+    assert len(figures["steps"]) == 41
+    assert sum(step["wall_ns"] for step in figures["steps"][1:]) == figures["phases"][0]["wall_ns"]
     path.write_bytes(path.read_bytes()[:70_000])
     cut = tool("show", path)
     assert cut.returncode == 1

@@ -78,3 +78,8 @@ def following(groups: I64, times: I64, of_groups: I64, of_times: I64) -> npt.NDA
     found = np.where(inside, index[:asked], -1)
     same = (found >= 0) & (groups[found] == of_groups) if len(groups) else inside
     return np.where(same, found, -1)
+
+
+def preceding(groups: I64, times: I64, of_groups: I64, of_times: I64) -> npt.NDArray[np.intp]:
+    """Like `following`, but the last of `times` that is not later."""
+    return following(groups, -times, of_groups, -of_times)

@@ -9,9 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from fomoe.trace import Kind, Reason, Records
+from fomoe.tracing.intervals import I64, following, preceding
 from fomoe.tracing.timeline import Timeline, submitted
+
+Bools = npt.NDArray[np.bool_]
 
 NAMES = {
     Reason.COLD: "never read before",
@@ -57,102 +61,92 @@ class ReasonTotal:
 
 
 class StallReasons:
-    """Explains the stalls of a timeline. `history` from first to last needs one pass over the reads
-    and evictions; each stall after that is a few binary searches."""
+    """The stalls of a timeline, explained: arrays in the order of `timeline.stalls`."""
 
     def __init__(self, t: Timeline) -> None:
-        records = t.recording.records
         self._t = t
-        self._reads = _by_expert(t.reads)
-        self._evicted = _by_expert(records[records["kind"] == Kind.EVICT])
-        self._submitted = np.sort(submitted(t.reads))
-        self._landed = np.sort(t.reads["end"])
+        stalls, reads = t.stalls, t.reads
+        self.token = t.token_at(stalls["begin"])
+        # The read that the stall waited for: of its expert, the first to land after it began.
+        group = _group(reads)
+        found = following(group, reads["end"], _group(stalls), stalls["begin"] + 1)
+        known = (found >= 0) & (stalls["expert"] >= 0)
+        if len(reads):
+            known &= reads["begin"][found] < stalls["end"]
+        self._read = np.where(known, found, -1)
+        queued = _at(reads["begin"], self._read)
+        waited = _at(submitted(reads), self._read) - queued
+        self.queued_share = waited / np.maximum(_at(reads["end"], self._read) - queued, 1)
+        before = np.searchsorted(np.sort(submitted(reads)), queued)
+        landed = np.searchsorted(reads["end"], queued, side="right")
+        self.ahead = np.where(known, np.maximum(before - landed, 0), -1)
+        self.ago = self._evicted_ago(queued)
+        earlier = preceding(group, reads["end"], _group(stalls), queued) >= 0
+        self.reason = self._reasons(known, earlier)
 
-    def explain(self, stall: np.void) -> Stall:
-        begin, end = int(stall["begin"]), int(stall["end"])
-        known = Reason(int(stall["a"])) if int(stall["a"]) in set(Reason) else Reason.UNKNOWN
-        layer, expert = int(stall["layer"]), int(stall["expert"])
-        token = int(self._t.token_at(stall["begin"]))
-        read = self._read_of(layer, expert, begin, end)
-        ago, share, ahead = -1, 0.0, -1
-        if read is not None:
-            queued, landed = int(read["begin"]), int(read["end"])
-            start = int(submitted(read.reshape(1))[0])
-            share = (start - queued) / max(landed - queued, 1)
-            ahead = int(
-                np.searchsorted(self._submitted, queued) - np.searchsorted(self._landed, queued)
-            )
-            ago = self._evicted_ago(layer, expert, queued, token)
-            known = known or self._reason(read, ago, share)
+    def _evicted_ago(self, queued: I64) -> I64:
+        """Tokens since the expert was last evicted before its read was queued, -1 if it was not."""
+        records = self._t.recording.records
+        evicted = records[records["kind"] == Kind.EVICT]
+        found = preceding(_group(evicted), evicted["begin"], _group(self._t.stalls), queued)
+        token = _at(self._t.token_at(evicted["begin"]), found)
+        known = (found >= 0) & (self._read >= 0) & (self.token >= 0) & (token >= 0)
+        return np.where(known, np.maximum(self.token - token, 0), -1)
+
+    def _reasons(self, known: Bools, earlier: Bools) -> I64:
+        prefetch = _at(self._t.reads["kind"].astype(np.int64), self._read) == Kind.PREFETCH
+        # Without an eviction, an expert that was read before or may have been: no telling.
+        unsure = earlier | (self._t.recording.dropped > 0)
+        worked_out = np.select(
+            [~known, prefetch, self.ago >= 0, unsure & (self.queued_share > 0.5), unsure],
+            [Reason.UNKNOWN, Reason.LATE, Reason.EVICTED, Reason.QUEUED, Reason.UNKNOWN],
+            Reason.COLD,
+        )
+        given = self._t.stalls["a"]
+        named = np.isin(given, np.array(list(Reason))) & (given != Reason.UNKNOWN)
+        return np.where(named, given, worked_out)
+
+    def stall(self, i: int) -> Stall:
+        record = self._t.stalls[i]
         return Stall(
-            begin_ns=begin,
-            wait_ns=end - begin,
-            token=token,
-            layer=layer,
-            expert=expert,
-            reason=known,
-            ago=ago,
-            queued_share=share,
-            ahead=ahead,
+            begin_ns=int(record["begin"]),
+            wait_ns=int(record["end"] - record["begin"]),
+            token=int(self.token[i]),
+            layer=int(record["layer"]),
+            expert=int(record["expert"]),
+            reason=Reason(int(self.reason[i])),
+            ago=int(self.ago[i]),
+            queued_share=float(self.queued_share[i]),
+            ahead=int(self.ahead[i]),
         )
 
     def worst(self, count: int) -> list[Stall]:
         """The longest stalls, longest first."""
         stalls = self._t.stalls
         order = np.argsort(stalls["begin"] - stalls["end"], kind="stable")[:count]
-        return [self.explain(stalls[i]) for i in order]
+        return [self.stall(int(i)) for i in order]
 
     def totals(self) -> list[ReasonTotal]:
-        """Waits by reason, the largest sum first. Very many stalls are sampled by the longest:
-        what is left over counts as unknown."""
-        sums: dict[Reason, list[int]] = {}
-        for stall in self.worst(20_000):
-            sums.setdefault(stall.reason, []).append(stall.wait_ns)
-        rest = len(self._t.stalls) - sum(map(len, sums.values()))
-        wait = int((self._t.stalls["end"] - self._t.stalls["begin"]).sum())
-        left = wait - sum(map(sum, sums.values()))
+        """Waits by reason, the largest sum first."""
+        stalls = self._t.stalls
+        wait = stalls["end"] - stalls["begin"]
         totals = [
-            ReasonTotal(reason=reason, count=len(waits), wait_ns=sum(waits))
-            for reason, waits in sums.items()
+            ReasonTotal(
+                reason=reason,
+                count=int((self.reason == reason).sum()),
+                wait_ns=int(wait[self.reason == reason].sum()),
+            )
+            for reason in Reason
         ]
-        if rest:
-            totals.append(ReasonTotal(reason=Reason.UNKNOWN, count=rest, wait_ns=left))
-        return sorted(totals, key=lambda total: -total.wait_ns)
-
-    def _reason(self, read: np.void, ago: int, queued_share: float) -> Reason:
-        if read["kind"] == Kind.PREFETCH:
-            return Reason.LATE
-        if ago >= 0:
-            return Reason.EVICTED
-        if self._earlier_read(read) or self._t.recording.dropped:
-            return Reason.QUEUED if queued_share > 0.5 else Reason.UNKNOWN
-        return Reason.COLD
-
-    def _read_of(self, layer: int, expert: int, begin: int, end: int) -> np.void | None:
-        """The read of the expert that was under way during the stall."""
-        own = self._reads.get((layer, expert))
-        if own is None or expert < 0:
-            return None
-        i = int(np.searchsorted(own["end"], begin, side="right"))
-        return own[i] if i < len(own) and own[i]["begin"] < end else None
-
-    def _earlier_read(self, read: np.void) -> bool:
-        own = self._reads[int(read["layer"]), int(read["expert"])]
-        return bool(own[0]["end"] <= read["begin"])
-
-    def _evicted_ago(self, layer: int, expert: int, queued: int, token: int) -> int:
-        own = self._evicted.get((layer, expert))
-        i = int(np.searchsorted(own["begin"], queued, side="right")) if own is not None else 0
-        if own is None or i == 0 or token < 0:
-            return -1
-        return max(0, token - int(self._t.token_at(own["begin"][i - 1])))
+        return sorted((t for t in totals if t.count), key=lambda t: -t.wait_ns)
 
 
-def _by_expert(records: Records) -> dict[tuple[int, int], Records]:
-    """The records of each (layer, expert), in order of their end."""
-    order = np.lexsort((records["end"], records["expert"], records["layer"]))
-    records = records[order]
-    key = records["layer"].astype(np.int64) << 32 | records["expert"]
-    cuts = np.flatnonzero(np.diff(key)) + 1
-    groups = np.split(records, cuts) if len(records) else []
-    return {(int(g["layer"][0]), int(g["expert"][0])): g for g in groups}
+def _group(records: Records) -> I64:
+    group: I64 = records["layer"].astype(np.int64) << 32 | records["expert"]
+    return group
+
+
+def _at(values: npt.NDArray[np.int64], index: npt.NDArray[np.intp]) -> I64:
+    """values[index], 0 where the index is -1."""
+    padded: I64 = np.concatenate((values, [0]))[index]
+    return np.where(index < 0, 0, padded)

@@ -14,8 +14,10 @@ import numpy as np
 from fomoe.trace import Kind, Recording, Records
 from fomoe.tracing.layers import LayerTimes, layer_table
 from fomoe.tracing.phases import Phase, phases
-from fomoe.tracing.stalls import ReasonTotal, Stall, StallReasons
+from fomoe.tracing.stalls import NAMES, ReasonTotal, Stall, StallReasons
 from fomoe.tracing.timeline import StepTimes, Timeline, step_times, timeline
+
+TIMES = ("wall", "compute", "stalled", "overhead", "between", "flight")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,6 +102,7 @@ def as_json(summary: Summary) -> dict[str, Any]:
             "path": recording.path,
             "info": recording.info,
             "closed": recording.closed,
+            "start_ns": int(recording.records["begin"].min()) if len(recording.records) else 0,
             "records": len(recording.records),
             "dropped": recording.dropped,
             "damaged": recording.damaged,
@@ -110,11 +113,28 @@ def as_json(summary: Summary) -> dict[str, Any]:
             "stalls": [
                 asdict(s) | {"reason": s.reason.name.lower(), "why": s.why} for s in summary.stalls
             ],
-            "reasons": [asdict(r) | {"reason": r.reason.name.lower()} for r in summary.reasons],
+            "reasons": [
+                asdict(r) | {"reason": r.reason.name.lower(), "name": NAMES[r.reason]}
+                for r in summary.reasons
+            ],
             "prediction": asdict(summary.prediction) if summary.prediction else None,
             "substitution": asdict(summary.substitution) if summary.substitution else None,
         }.items()
     }
+
+
+def steps_as_json(summary: Summary) -> list[dict[str, Any]]:
+    """One object for each step; stepping through them shows how a run went."""
+    steps, times = summary.timeline.steps, asdict(summary.times)
+    return [
+        {
+            "token": int(step["token"]),
+            "tokens": int(step["a"]),
+            "phase": "prompt" if step["b"] == 1 else "decode",
+            **{f"{name}_ns" if name in TIMES else name: int(times[name][i]) for name in times},
+        }
+        for i, step in enumerate(steps)
+    ]
 
 
 def plain(value: Any) -> Any:
