@@ -1,0 +1,66 @@
+"""tools/bench_peers runs programs by turns and compares what they print."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TOOL = Path(__file__).parent.parent / "tools" / "bench_peers"
+
+
+def fake_bench(path: Path, rates: dict[str, float], status: int = 0) -> Path:
+    """A program that prints llama-bench's JSON, and notes its arguments in NAME.log."""
+    rows = [
+        {"n_prompt": 512 * (test == "pp"), "n_gen": 64 * (test == "tg"), "avg_ts": rate}
+        for test, rate in rates.items()
+    ]
+    path.write_text(
+        f"#!{sys.executable}\nimport sys\n"
+        f"open({str(path)!r} + '.log', 'a').write(' '.join(sys.argv[1:]) + '\\n')\n"
+        f"print('a line of its own')\nprint({json.dumps(rows)!r})\n"
+        f"print('broken', file=sys.stderr)\nsys.exit({status})\n"
+    )
+    path.chmod(0o755)
+    return path
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, TOOL, "-m", "a.gguf", "-t", "2", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_compares_with_the_best_peer(tmp_path: Path) -> None:
+    ours = fake_bench(tmp_path / "fomoe", {"pp": 300.0, "tg": 60.0})
+    slow = fake_bench(tmp_path / "slow", {"pp": 100.0, "tg": 20.0})
+    fast = fake_bench(tmp_path / "fast", {"pp": 200.0, "tg": 30.0})
+    done = run(
+        "--fomoe", str(ours), "--fomoe-args", "--dram 9GiB", "--rounds", "2",
+        "--peer", f"slow={slow} -lm mmap", "--peer", f"fast={fast}", "--limited", "env A=1",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "| test | fomoe | slow | fast | fomoe / best peer |" in done.stdout
+    assert "| pp512 | 300.00 (300.00 to 300.00) |" in done.stdout
+    assert [line.split("|")[-2].strip() for line in done.stdout.splitlines()[-2:]] == [
+        "1.50",
+        "2.00",
+    ]
+    common = "-m a.gguf -p 512 -n 64 -r 1 -o json -t 2"
+    assert (tmp_path / "slow.log").read_text().splitlines() == [f"-lm mmap {common}"] * 2
+    assert (tmp_path / "fomoe.log").read_text().splitlines() == [f"bench --dram 9GiB {common}"] * 2
+
+
+@pytest.mark.parametrize("missing", [False, True])
+def test_goes_on_without_a_program_that_fails(tmp_path: Path, missing: bool) -> None:
+    good = fake_bench(tmp_path / "good", {"tg": 20.0})
+    bad = tmp_path / "bad" if missing else fake_bench(tmp_path / "bad", {"tg": 1.0}, status=3)
+    done = run("--only-peers", "--rounds", "2", "--peer", f"good={good}", "--peer", f"bad={bad}")
+    assert done.returncode == 1
+    assert ("No such file" if missing else "ended with 3:\nbroken") in done.stderr
+    assert "| tg64 | 20.00 (20.00 to 20.00) | - | - |" in done.stdout
+    assert missing or len((tmp_path / "bad.log").read_text().splitlines()) == 1
