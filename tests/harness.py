@@ -13,12 +13,17 @@ import numpy as np
 import numpy.typing as npt
 
 from fomoe.gguf import GgufFile
+from fomoe.kernels.cpu import CpuOps
 from fomoe.kernels.ops import DeltaState, KvCache, Ops, Segment, Tensor
 from fomoe.kernels.reference import ReferenceOps
 from fomoe.models import HEAD_ROWS, HyperParameters, build, describe
 
 PAGE_TOKENS = 16
-BACKENDS: dict[str, Callable[[], Ops]] = {"reference": ReferenceOps}
+MAX_TOKENS = 80
+BACKENDS: dict[str, Callable[[], Ops]] = {
+    "reference": ReferenceOps,
+    "cpu": lambda: CpuOps(num_threads=2, max_tokens=MAX_TOKENS),
+}
 F32Array = npt.NDArray[np.float32]
 
 
@@ -65,7 +70,7 @@ class Harness:
         path: Path,
         ops: Ops,
         *,
-        max_tokens: int = 64,
+        max_tokens: int = MAX_TOKENS,
         cache_type: type = np.float32,
         change: Callable[[HyperParameters], HyperParameters] = lambda hp: hp,
     ) -> None:
