@@ -173,8 +173,8 @@ static void up_task(const wave *w, expert_job *job, int chunk, int thread)
 static void down_task(expert_job *job, int chunk)
 {
     int begin = chunk * job->down_rows_per_task, end = begin + job->down_rows_per_task;
-    while (!atomic_load_explicit(&job->ready, memory_order_acquire))
-        fomoe_pool_relax();
+    for (int i = 1; !atomic_load_explicit(&job->ready, memory_order_acquire); i++)
+        fomoe_pool_relax(i);
     fomoe_matmul_rows(&job->down, &job->mid_act, NULL, job->num, begin, end < job->hidden ? end : job->hidden, job->out,
                       job->hidden);
 }

@@ -1,5 +1,6 @@
 #include "pool.h"
 
+#include <assert.h>
 #include <limits.h>
 #include <linux/futex.h>
 #include <pthread.h>
@@ -13,26 +14,24 @@
 /* Between two layers the loop needs some tens of microseconds: spinning that long keeps the hand-over
  * at a fraction of a microsecond, where a futex wake costs tens of them on a virtual machine. */
 #define SPIN_ROUNDS 20000
-/* The caller waits for tasks that others have claimed. When they take longer than a task may, a thread
- * was probably put to sleep in the middle of one, and may need this very processor. */
-#define WAIT_ROUNDS 2000
-/* No task is left to claim: more than any number of tasks. */
-#define CLOSED UINT32_MAX
+#define YIELD_ROUNDS 1000
 
-/* A run waits only for threads that have claimed a task: one that the system does not schedule in time
- * is simply not part of it. On a busy machine that is the difference between microseconds and a whole
- * time slice for every run. */
+/* A run in one word, so that claiming a task is one compare-and-swap: which run (its low bits), how many tasks it has,
+ * the next to be claimed. fn and arg may be read as long as tasks are left: they change only after all are done.
+ * A caller thus waits for claimed tasks, never for a worker that was not even scheduled. */
+#define TASK_BITS 20
+#define TASK_MASK ((1u << TASK_BITS) - 1)
+
 struct fomoe_pool {
     int num_threads;
     pthread_t *threads;
-    fomoe_task_fn fn;
-    void *arg;
-    _Atomic uint32_t num_tasks;
+    _Atomic(fomoe_task_fn) fn;
+    void *_Atomic arg;
     _Atomic int stop;
-    _Alignas(64) _Atomic uint64_t claim;    /* epoch << 32 | next task; changed as one */
-    _Alignas(64) _Atomic uint32_t epoch;    /* what sleepers wait on; one per run() */
-    _Alignas(64) _Atomic int sleepers;
-    _Alignas(64) _Atomic uint32_t done;     /* tasks of this run that are complete */
+    _Alignas(64) _Atomic uint64_t ticket; /* run << 40 | num_tasks << 20 | next task */
+    _Alignas(64) _Atomic int epoch;       /* what sleepers wait on: changes with every run */
+    _Atomic int sleepers;
+    _Alignas(64) _Atomic int unfinished; /* tasks of the run */
 };
 
 typedef struct {
@@ -40,37 +39,56 @@ typedef struct {
     int thread;
 } worker_arg;
 
-static void work(fomoe_pool *pool, uint32_t epoch, int thread)
+void fomoe_pool_relax(int i)
 {
-    uint64_t claim = atomic_load_explicit(&pool->claim, memory_order_acquire);
-    while (claim >> 32 == epoch) {
-        uint32_t task = (uint32_t)claim;
-        if (task >= atomic_load_explicit(&pool->num_tasks, memory_order_relaxed))
-            return;
-        if (!atomic_compare_exchange_weak_explicit(&pool->claim, &claim, claim + 1,
-                                                   memory_order_acq_rel, memory_order_acquire))
-            continue;
-        /* The claim holds: the run cannot end before this task is done, so fn and arg are its own. */
-        pool->fn(pool->arg, (int)task, thread);
-        atomic_fetch_add_explicit(&pool->done, 1, memory_order_release);
-        claim = atomic_load_explicit(&pool->claim, memory_order_acquire);
-    }
+    if (i % YIELD_ROUNDS == 0)
+        sched_yield(); /* more threads than cores: the one waited for may need this one's */
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("yield");
+#endif
 }
 
-static uint32_t wait_for_epoch(fomoe_pool *pool, uint32_t seen)
+static int tasks_left(uint64_t ticket)
+{
+    return (int)(ticket >> TASK_BITS & TASK_MASK) - (int)(ticket & TASK_MASK);
+}
+
+/* Claims and computes tasks until none is left. */
+static void work(fomoe_pool *pool, int thread)
+{
+    int finished = 0;
+    uint64_t ticket = atomic_load_explicit(&pool->ticket, memory_order_acquire);
+    while (tasks_left(ticket) > 0) {
+        fomoe_task_fn fn = atomic_load_explicit(&pool->fn, memory_order_relaxed);
+        void *arg = atomic_load_explicit(&pool->arg, memory_order_relaxed);
+        if (!atomic_compare_exchange_weak_explicit(&pool->ticket, &ticket, ticket + 1, memory_order_acq_rel,
+                                                   memory_order_acquire))
+            continue;
+        fn(arg, (int)(ticket & TASK_MASK), thread);
+        finished++;
+        ticket = atomic_load_explicit(&pool->ticket, memory_order_acquire);
+    }
+    if (finished)
+        atomic_fetch_sub_explicit(&pool->unfinished, finished, memory_order_release);
+}
+
+static void wait_for_tasks(fomoe_pool *pool)
 {
     for (int i = 0; i < SPIN_ROUNDS; i++) {
-        uint32_t now = atomic_load_explicit(&pool->epoch, memory_order_acquire);
-        if (now != seen)
-            return now;
-        fomoe_pool_relax();
+        if (tasks_left(atomic_load_explicit(&pool->ticket, memory_order_relaxed)) > 0 || atomic_load(&pool->stop))
+            return;
+        fomoe_pool_relax(1);
     }
     atomic_fetch_add(&pool->sleepers, 1);
-    uint32_t now;
-    while ((now = atomic_load(&pool->epoch)) == seen)
-        syscall(SYS_futex, &pool->epoch, FUTEX_WAIT_PRIVATE, seen, NULL, NULL, 0);
+    for (;;) {
+        int epoch = atomic_load(&pool->epoch);
+        if (tasks_left(atomic_load(&pool->ticket)) > 0 || atomic_load(&pool->stop))
+            break;
+        syscall(SYS_futex, &pool->epoch, FUTEX_WAIT_PRIVATE, epoch, NULL, NULL, 0);
+    }
     atomic_fetch_sub(&pool->sleepers, 1);
-    return now;
 }
 
 static void *worker(void *p)
@@ -78,18 +96,16 @@ static void *worker(void *p)
     fomoe_pool *pool = ((worker_arg *)p)->pool;
     int thread = ((worker_arg *)p)->thread;
     free(p);
-    uint32_t epoch = 0;
-    for (;;) {
-        epoch = wait_for_epoch(pool, epoch);
-        if (atomic_load(&pool->stop))
-            return NULL;
-        work(pool, epoch, thread);
+    while (!atomic_load(&pool->stop)) {
+        wait_for_tasks(pool);
+        work(pool, thread);
     }
+    return NULL;
 }
 
-static void publish(fomoe_pool *pool, uint32_t epoch)
+static void wake(fomoe_pool *pool)
 {
-    atomic_store(&pool->epoch, epoch);
+    atomic_fetch_add(&pool->epoch, 1);
     if (atomic_load(&pool->sleepers))
         syscall(SYS_futex, &pool->epoch, FUTEX_WAKE_PRIVATE, INT_MAX, NULL, NULL, 0);
 }
@@ -101,7 +117,7 @@ fomoe_pool *fomoe_pool_create(int num_threads)
     fomoe_pool *pool = aligned_alloc(64, (sizeof *pool + 63) & ~(size_t)63);
     if (!pool)
         return NULL;
-    *pool = (fomoe_pool){ .num_threads = 1, .claim = CLOSED };
+    *pool = (fomoe_pool){ .num_threads = 1 };
     pool->threads = calloc(num_threads, sizeof *pool->threads);
     if (!pool->threads) {
         free(pool);
@@ -126,7 +142,7 @@ void fomoe_pool_destroy(fomoe_pool *pool)
     if (!pool)
         return;
     atomic_store(&pool->stop, 1);
-    publish(pool, atomic_load(&pool->epoch) + 1);
+    wake(pool);
     for (int i = 1; i < pool->num_threads; i++)
         pthread_join(pool->threads[i], NULL);
     free(pool->threads);
@@ -145,20 +161,14 @@ void fomoe_pool_run(fomoe_pool *pool, int num_tasks, fomoe_task_fn fn, void *arg
             fn(arg, i, 0);
         return;
     }
-    /* The claim is closed here, so a late worker of an earlier run takes nothing of this one. */
-    pool->fn = fn;
-    pool->arg = arg;
-    atomic_store_explicit(&pool->num_tasks, (uint32_t)num_tasks, memory_order_relaxed);
-    atomic_store_explicit(&pool->done, 0, memory_order_relaxed);
-    uint32_t epoch = atomic_load_explicit(&pool->epoch, memory_order_relaxed) + 1;
-    atomic_store_explicit(&pool->claim, (uint64_t)epoch << 32, memory_order_release);
-    publish(pool, epoch);
-    work(pool, epoch, 0);
-    for (int i = 0; atomic_load_explicit(&pool->done, memory_order_acquire) != (uint32_t)num_tasks; i++) {
-        if (i < WAIT_ROUNDS)
-            fomoe_pool_relax();
-        else
-            sched_yield();
-    }
-    atomic_store_explicit(&pool->claim, (uint64_t)epoch << 32 | CLOSED, memory_order_release);
+    assert((uint32_t)num_tasks <= TASK_MASK);
+    atomic_store_explicit(&pool->fn, fn, memory_order_relaxed);
+    atomic_store_explicit(&pool->arg, arg, memory_order_relaxed);
+    atomic_store_explicit(&pool->unfinished, num_tasks, memory_order_relaxed);
+    uint64_t run = (atomic_load_explicit(&pool->ticket, memory_order_relaxed) >> 2 * TASK_BITS) + 1;
+    atomic_store(&pool->ticket, run << 2 * TASK_BITS | (uint64_t)num_tasks << TASK_BITS);
+    wake(pool);
+    work(pool, 0);
+    for (int i = 1; atomic_load_explicit(&pool->unfinished, memory_order_acquire); i++)
+        fomoe_pool_relax(i);
 }

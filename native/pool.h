@@ -20,14 +20,7 @@ int fomoe_pool_num_threads(const fomoe_pool *pool);
  * One caller at a time. */
 void fomoe_pool_run(fomoe_pool *pool, int num_tasks, fomoe_task_fn fn, void *arg);
 
-/* What to do in a loop that waits for another thread. */
-static inline void fomoe_pool_relax(void)
-{
-#if defined(__x86_64__)
-    __builtin_ia32_pause();
-#elif defined(__aarch64__)
-    __asm__ volatile("yield");
-#endif
-}
+/* What to do in round `i` of a loop that waits for another thread: pause, and now and then let others run. */
+void fomoe_pool_relax(int i);
 
 #endif
