@@ -1,6 +1,6 @@
 /* Reads: requests of several extents, cut into pieces, in two lanes.
  *
- * Owns: the order in which pieces go out, short reads, retries, and when a request has landed.
+ * Owns: what callers do with requests (requests.c owns their pieces), and the lock over them.
  * Does not know: how a piece reaches the drive (ring.c, preads.c), or what the bytes are.
  */
 #ifndef FOMOE_READER_H
