@@ -11,6 +11,8 @@ from pathlib import Path
 
 from fomoe.errors import RequestError
 from fomoe.experts.car import CarOptions
+from fomoe.io.files import Direct
+from fomoe.io.open import Io
 
 _UNITS = {
     "": 1, "b": 1,
@@ -59,8 +61,8 @@ class EngineOptions:
     parallel: int = 1
     threads: int | None = None
     cache_type: str = "f16"
-    io: str = "auto"
-    direct: str = "auto"
+    io: Io = "auto"
+    direct: Direct = "auto"
     cpu_isa: str = "auto"
     cache_policy: str = "lfu"
     replicas: tuple[Path, ...] = ()

@@ -104,7 +104,7 @@ class Residency:
         if self._uses is not None and self._store.clock % 4096 == 0:
             self._uses *= 0.5
         if self._backfill and self._deterministic:
-            reads = []
+            reads: list[tuple[int, int]] = []
             while self._queue and len(reads) < _BACKFILL_FLIGHT:
                 layer, expert = self._next()
                 if self._store.prefetch(layer, [expert]):

@@ -7,6 +7,7 @@ computed.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +18,10 @@ from fomoe.models import HyperParameters
 
 PAGE_TOKENS = 64
 
-_DTYPES = {"f16": np.dtype(np.float16), "f32": np.dtype(np.float32)}
+_DTYPES: dict[str, np.dtype[Any]] = {
+    "f16": np.dtype(np.float16),
+    "f32": np.dtype(np.float32),
+}
 
 
 def num_pages(num_tokens: int) -> int:
@@ -101,8 +105,6 @@ class StatePool:
         self._free_states.append(state.delta)
 
 
-def _array(
-    arena: Arena, shape: tuple[int, ...], dtype: np.dtype[np.float16] | np.dtype[np.float32]
-) -> npt.NDArray[np.float16 | np.float32]:
+def _array(arena: Arena, shape: tuple[int, ...], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
     nbytes = int(np.prod(shape)) * dtype.itemsize
     return arena.view(arena.allocate(nbytes, 64), nbytes).view(dtype).reshape(shape)
