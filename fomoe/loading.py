@@ -72,6 +72,7 @@ async def load(
     gguf = GgufFile.open(path)
     hp = models.describe(gguf)
     tokenizer = Tokenizer.from_gguf(gguf)
+    await asyncio.to_thread(tokenizer.prepare)  # before the plan, which counts what is resident
     threads = options.threads or host.num_processors()
     shapes = _shapes(gguf, hp)
     async with AsyncExitStack() as exits:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import codecs
 import threading
-from collections.abc import Iterable, Sequence
-from functools import cached_property
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property, partial
 from typing import Final
 
 import numpy as np
@@ -66,7 +66,7 @@ class Tokenizer:
         sentencepiece: bool,
         tokens: list[str],
         types: Sequence[int],
-        merges: list[str],
+        merges: Callable[[], list[str]],
         scores: Sequence[float],
         pre: PreTokenizer | None,
         ids: dict[str, int],
@@ -111,7 +111,7 @@ class Tokenizer:
             sentencepiece=sentencepiece,
             tokens=tokens,
             types=types.tolist(),
-            merges=[] if sentencepiece else gguf.strings("tokenizer.ggml.merges"),
+            merges=partial(gguf.strings, "tokenizer.ggml.merges"),
             scores=scores.tolist(),
             pre=pre,
             ids=_special_ids(gguf, len(tokens)),
@@ -135,6 +135,14 @@ class Tokenizer:
     def is_special(self, id_: int) -> bool:
         """Whether the token is markup that `skip_special` leaves out, not text."""
         return self._types[self._check_id(id_)] in (CONTROL, UNKNOWN)
+
+    def prepare(self) -> None:
+        """Build the encoder now, not at the first `encode`; may run in another thread.
+
+        For 248,320 tokens and as many merges it takes half a second and 160 MB, of which 110 stay.
+        """
+        with self._lock:
+            self._encoder  # noqa: B018
 
     def encode(
         self, text: str, *, add_special: bool = True, parse_special: bool = True
@@ -227,9 +235,11 @@ class Tokenizer:
         pre = self._pre
         assert pre is not None
         # "left right" each, no space within a part: one split for all is the fastest way.
-        parts = " ".join(self._merges).split(" ") if self._merges else []
-        if len(parts) != 2 * len(self._merges):
+        lines = self._merges()
+        parts = " ".join(lines).split(" ") if lines else []
+        if len(parts) != 2 * len(lines):
             raise FormatError("tokenizer.ggml.merges: a merge is not of two parts")
+        del lines
         merges = list(zip(parts[::2], parts[1::2], strict=True))
         vocab = self._id_of_token
         # For a part that is no token the package raises Exception, for such a union it panics.
