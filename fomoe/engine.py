@@ -29,6 +29,7 @@ from fomoe.scheduler import Chunk, Scheduler
 from fomoe.sequence import Sequence
 from fomoe.stats import PhaseStats, Stats
 from fomoe.tokenizer import Tokenizer
+from fomoe.trace import Kind, Part
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,9 +284,13 @@ class Engine:
             raise
         finally:
             before.add_to(phase, sum(c.length for c in chunks))
+        begin = time.perf_counter_ns()
         for chunk, rows in zip(chunks, logits, strict=True):
             if not chunk.sequence.cancelled:
                 chunk.sequence.advance(chunk.length, rows)
+        if self._loaded.tracer:
+            end = time.perf_counter_ns()
+            self._loaded.tracer.event(Kind.COMPUTE, begin, end, a=Part.SAMPLE)
 
 
 class Opening:

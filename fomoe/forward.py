@@ -25,7 +25,7 @@ from fomoe.memory import finish
 from fomoe.models import HEAD_ROWS, Layer, Model
 from fomoe.residency import Residency
 from fomoe.scheduler import Chunk
-from fomoe.trace import Kind, Part, Tracer
+from fomoe.trace import Kind, Part, Reason, Tracer
 from fomoe.weights import EmbeddingRows
 
 R = TypeVar("R")
@@ -35,6 +35,8 @@ R = TypeVar("R")
 _INLINE_TOKENS = 8
 # The loop runs at least this often between layers, so that requests are heard and can be cancelled.
 _YIELD_NS = 2_000_000
+# (layer, when, experts) that were predicted last
+_NOTHING_PREDICTED: tuple[int, int, list[int]] = (-1, 0, [])
 
 
 class StepCancelledError(Exception):
@@ -65,6 +67,7 @@ class Forward:
         self._thread = ThreadPoolExecutor(1, "fomoe-compute")
         self._inline = True
         self._yielded_ns = 0
+        self._predicted = _NOTHING_PREDICTED
 
     def close(self) -> None:
         self._thread.shutdown()
@@ -81,7 +84,11 @@ class Forward:
         self._yielded_ns = begin
         ids = [t for c in chunks for t in c.sequence.tokens[c.start : c.start + c.length]]
         self._residency.begin_step(chunks)
+        reads_rows = self._embedding.must_read(ids)
         rows = await self._embedding.rows(ids)
+        if self._tracer and reads_rows:
+            now = time.perf_counter_ns()
+            self._tracer.event(Kind.STALL, begin, now, token=self._store.clock, a=Reason.FILE)
         x = await self._compute(Part.EMBED, -1, self._model.embed, rows)
         segments = _segments(chunks)
         for layer, cache in zip(self._model.layers, self._caches, strict=True):
@@ -111,12 +118,13 @@ class Forward:
         routing = await self._compute(Part.ROUTE, index, layer.route, x)
         self._residency.routed(index, routing)
         experts, counts = _distinct(routing)
+        self._note_prediction(index, experts)
         call = await self._compute(Part.ROUTE, index, layer.experts, routing)
         step = self._store.begin(index, experts, counts)
         try:
             resident = step.take()
             if resident:
-                await self._compute(Part.RESIDENT, index, call.run, resident)
+                await self._compute(Part.RESIDENT, index, call.run, resident, experts=len(resident))
                 step.computed(resident)
             await self._compute(Part.SHARED, index, call.shared)
             while True:
@@ -124,7 +132,7 @@ class Forward:
                 landed = await step.landed()
                 if not landed:
                     break
-                await self._compute(Part.LANDED, index, call.run, landed)
+                await self._compute(Part.LANDED, index, call.run, landed, experts=len(landed))
                 step.computed(landed)
             await self._compute(Part.FINISH, index, call.finish, x)
         finally:
@@ -140,7 +148,18 @@ class Forward:
         routing = await self._compute(Part.ROUTE, layer.parameters.index, layer.route, x)
         experts, counts = _distinct(routing)
         order = np.argsort(-np.asarray(counts), kind="stable")
+        self._predicted = (layer.parameters.index, time.perf_counter_ns(), experts)
         return [experts[i] for i in order]
+
+    def _note_prediction(self, index: int, experts: Sequence[int]) -> None:
+        layer, begin, predicted = self._predicted
+        if self._tracer and layer == index:
+            now, right = time.perf_counter_ns(), len(set(predicted).intersection(experts))
+            clock = self._store.clock
+            self._tracer.event(
+                Kind.PREDICT, begin, now, index, -1, clock, a=len(predicted), b=right
+            )
+            self._predicted = _NOTHING_PREDICTED
 
     def _fetch_ahead(self, step: ExpertStep, index: int, ahead: list[int]) -> None:
         """When a layer has nothing left to submit, the next one's experts may come."""
@@ -160,7 +179,9 @@ class Forward:
             parts.append(np.array(await self._compute(Part.HEAD, -1, self._model.head, some)))
         return np.concatenate(parts)
 
-    async def _compute(self, part: Part, layer: int, call: Callable[..., R], *args: Any) -> R:
+    async def _compute(
+        self, part: Part, layer: int, call: Callable[..., R], *args: Any, experts: int = 0
+    ) -> R:
         """Run compute: short steps here, long ones in the compute thread while the loop serves
         reads.
         A cancelled caller waits for the thread: it works on memory that the caller gives back."""
@@ -171,9 +192,8 @@ class Forward:
             future = asyncio.get_running_loop().run_in_executor(self._thread, call, *args)
             result = await finish(future)
         if self._tracer:
-            self._tracer.event(
-                Kind.COMPUTE, begin, time.perf_counter_ns(), layer, -1, self._store.clock, a=part
-            )
+            end, clock = time.perf_counter_ns(), self._store.clock
+            self._tracer.event(Kind.COMPUTE, begin, end, layer, -1, clock, a=part, b=experts)
         return result
 
     async def _yield(self, chunks: Sequence[Chunk]) -> None:

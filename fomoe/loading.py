@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from fomoe.experts.store import ExpertStore
 from fomoe.gguf import GgufFile
 from fomoe.io.arena import Arena
 from fomoe.io.open import open_reader
+from fomoe.io.probe import probe_drive
 from fomoe.io.reader import Reader
 from fomoe.kernels.cpu import CpuOps
 from fomoe.memory import Background, prepare
@@ -93,6 +94,12 @@ async def load(
         if options.trace:
             tracer = Tracer.create(options.trace, info=_trace_info(gguf, hp, layouts, options))
             exits.callback(tracer.close)
+            # A recording shows every rate beside the drive's own; measured in under a second.
+            drive = await probe_drive(
+                gguf.paths[0], cache=None, io=options.io, direct=options.direct
+            )
+            if drive is not None:
+                tracer.describe({"drive_gbps": drive.bytes_per_second / 1e9})
         arena = Arena(plan.total_bytes)
         arena.attach(reader)
         # Closing is idempotent; memory goes after the reader says that nothing is in flight.
@@ -123,6 +130,7 @@ async def load(
             deterministic=False,
             recorder=None,
             uses=None,
+            tracer=tracer,
         )
         background = Background()
         exits.push_async_callback(background.close)
@@ -251,4 +259,9 @@ def _trace_info(
         "top_k": max(layer.moe.top_k for layer in hp.layers),
         "expert_bytes": max(layout.expert_bytes for layout in layouts),
         "threads": options.threads or host.num_processors(),
+        "options": {
+            f.name: getattr(options, f.name)
+            for f in fields(options)
+            if f.name != "trace" and getattr(options, f.name) != getattr(EngineOptions(), f.name)
+        },
     }

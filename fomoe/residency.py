@@ -11,17 +11,19 @@ to do.
 from __future__ import annotations
 
 import heapq
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from fomoe.experts.car import CacheAwareRouter
+from fomoe.experts.car import CacheAwareRouter, Selection
 from fomoe.experts.routes import DECODE, PROMPT, RouteWriter
 from fomoe.experts.store import ExpertStore
 from fomoe.kernels.ops import Routing
 from fomoe.scheduler import Chunk
+from fomoe.trace import Kind, Tracer
 
 # Displaced experts on their way at a time: enough to keep a drive busy (an expert is several
 # pieces).
@@ -49,8 +51,10 @@ class Residency:
         deterministic: bool,
         recorder: RouteWriter | None,
         uses: npt.NDArray[np.float32] | None,
+        tracer: Tracer | None = None,
     ) -> None:
         self._store = store
+        self._tracer = tracer
         self._car = car
         self._substituting = car.options.rule != "off"
         self._backfill = backfill and self._substituting
@@ -89,12 +93,23 @@ class Residency:
             return
         available = self._store.available(layer, in_flight=not self._deterministic)
         chosen = self._car.select(layer, routing.logits, routing.ids, routing.weights, available)
+        if self._tracer and chosen.displaced:
+            self._note_substitutions(self._tracer, layer, routing.ids, chosen)
         routing.ids, routing.weights = chosen.ids, chosen.weights
         if self._backfill:
             for expert, share in chosen.displaced:
                 self._remember(layer, expert, share)
             if not self._deterministic:
                 self._pump()
+
+    def _note_substitutions(
+        self, tracer: Tracer, layer: int, picks: npt.NDArray[np.int32], chosen: Selection
+    ) -> None:
+        now, clock, shares = time.perf_counter_ns(), self._store.clock, dict(chosen.displaced)
+        changed = picks != chosen.ids
+        for pick, other in zip(picks[changed].tolist(), chosen.ids[changed].tolist(), strict=True):
+            moved = int(shares.get(pick, 0.0) * 1e6)
+            tracer.event(Kind.SUBSTITUTE, now, now, layer, pick, clock, a=other, b=moved)
 
     async def end_step(self) -> None:
         """A step is over. In deterministic mode this is when displaced experts are read, as many at

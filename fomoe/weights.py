@@ -163,6 +163,10 @@ class EmbeddingRows:
         self._base = 0 if resident else arena.allocate(self._room * max_tokens)
         self._kept: OrderedDict[int, npt.NDArray[np.uint8]] = OrderedDict()
 
+    def must_read(self, ids: Sequence[int]) -> bool:
+        """Whether rows(ids) would wait for the drive."""
+        return self._resident is None and any(i not in self._kept for i in ids)
+
     async def rows(self, ids: Sequence[int]) -> npt.NDArray[np.uint8]:
         """uint8 [len(ids), row_bytes]. Raises ReadError."""
         if self._resident is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import dataclasses
 import json
 import math
 import subprocess
@@ -13,7 +15,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from recordings import EXPERT_BYTES, record
+from toy import K_TOY, write_toy
 
+from fomoe import BudgetError, Engine, Sampling, Stats
 from fomoe.trace import Kind, Part, Reason, Source, Tracer, read_recording
 from fomoe.tracing.intervals import covered, following, lanes, union
 from fomoe.tracing.layers import expert_counts
@@ -110,7 +114,7 @@ def test_one_token_by_hand(tmp_path: Path) -> None:
     assert (stall.layer, stall.expert, stall.why) == (0, 5, "never read before")
     (row,) = summary.layers["decode"]
     assert (row.wall_ns, row.compute_ns, row.stalled_ns) == (80 * MS, 54 * MS, 20 * MS)
-    assert (row.uses, row.resident, row.read_bytes) == (2, 1, 60 * MS)
+    assert (row.picks, row.hits, row.read_bytes) == (2, 1, 60 * MS)
 
 
 def test_compute_that_was_busy_is_not_blamed_on_the_hand_over(tmp_path: Path) -> None:
@@ -182,7 +186,7 @@ def test_acted_run_adds_up(tmp_path: Path) -> None:
     assert sum(total.wait_ns for total in summary.reasons) == decode.stalled_ns + prompt.stalled_ns
     counts = expert_counts(summary.timeline)
     assert counts.uses.shape == (6, 64)
-    assert counts.uses.sum() == decode.uses + prompt.uses
+    assert counts.uses.sum() == decode.picks + prompt.picks
     assert counts.misses.sum() == decode.reading.reads + prompt.reading.reads
 
 
@@ -224,3 +228,51 @@ def test_show_on_the_command_line(tmp_path: Path) -> None:
     assert cut.returncode == 1
     assert cut.stderr.startswith(f"trace: {path} is cut short")
     assert len(cut.stderr.splitlines()) == 1
+
+
+def test_a_real_run_agrees_with_the_engines_own_counts(tmp_path: Path) -> None:
+    toy = write_toy(tmp_path / "toy.gguf", dataclasses.replace(K_TOY, layers=5, experts=16))
+
+    async def main() -> Stats:
+        options = {"context": 256, "ubatch": 64, "trace": tmp_path / "t"}
+        with pytest.raises(BudgetError) as refusal:
+            await Engine.open(toy, dram=1 << 20, **options)
+        least = int(str(refusal.value).split("needs ")[1].split(" MiB")[0]) << 20
+        async with Engine.open(toy, dram=least, **options) as engine:
+            greedy = Sampling(temperature=0.0)
+            async for _ in engine.generate(
+                [5] * 20, sampling=greedy, max_tokens=30, ignore_eos=True
+            ):
+                pass
+        return engine.stats()
+
+    stats = asyncio.run(main())
+    summary = summarise(read_recording(tmp_path / "t"))
+    assert summary.recording.closed
+    assert summary.recording.info["options"]["context"] == 256
+    for phase, own in zip(summary.phases, (stats.generation, stats.prompt), strict=True):
+        assert (phase.tokens, phase.steps) == (own.tokens, own.steps)
+        assert (phase.picks, phase.hit_rate) == (own.picks, own.hit_rate)
+        assert phase.reading.reads == own.expert_reads > 0
+        assert phase.reading.bytes == own.expert_bytes
+        assert phase.compute_ns + phase.stalled_ns + phase.overhead_ns == phase.wall_ns
+        assert phase.wall_ns <= own.seconds * 1e9
+        assert phase.overhead_ns < 0.5 * phase.wall_ns
+        own_layers = sum(row.wall_ns for row in summary.layers[phase.name])
+        assert own_layers <= phase.wall_ns
+    known = [total.reason for total in summary.reasons]
+    assert Reason.EVICTED in known
+    assert Reason.UNKNOWN not in known
+    assert math.isfinite(summary.phases[0].landed_us[0])
+
+
+def test_run_records_and_shows(tmp_path: Path) -> None:
+    out = tmp_path / "t"
+    ran = tool("run", "--out", out, "--", "generate", "-p", "The old man", "-n", "3", "--temp", "0")
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.startswith("The old man")
+    assert "books-moe, 8 layers, 32 experts, 4 picked" in ran.stdout
+    failed = tool("run", "--out", out, "--", "generate", "-m", tmp_path / "none.gguf")
+    assert failed.returncode != 0
+    assert "the run ended before it recorded anything" in failed.stderr
+    assert "books-moe" not in failed.stdout

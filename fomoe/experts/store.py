@@ -148,6 +148,7 @@ class ExpertStore:
         state.step = step
         state.held.update(experts)
         stats, address, loading = self.stats, state.address, state.loading
+        now = time.perf_counter_ns()
         stats.uses += len(experts)
         missing = []
         for expert, count in zip(experts, counts, strict=True):
@@ -166,7 +167,6 @@ class ExpertStore:
                 stats.pick_hits += count
                 step.landed_experts.append(expert)
             if self._tracer:
-                now = time.perf_counter_ns()
                 self._tracer.event(Kind.USE, now, now, layer, expert, self.clock, a=count, b=source)
         if state.transit:
             self._drop_unwanted_transit(state)
@@ -253,10 +253,13 @@ class ExpertStore:
         assert victim not in state.held
         state.address[victim] = 0
         state.cache.evict(victim)
+        self._note_eviction(state, victim)
+        return slot
+
+    def _note_eviction(self, state: _Layer, expert: int) -> None:
         if self._tracer:
             now = time.perf_counter_ns()
-            self._tracer.event(Kind.EVICT, now, now, state.index, victim, self.clock)
-        return slot
+            self._tracer.event(Kind.EVICT, now, now, state.index, expert, self.clock)
 
     def _done(self, state: _Layer, expert: int, request: ReadRequest) -> None:
         """The kernel is done with an expert's slot."""
@@ -304,6 +307,7 @@ class ExpertStore:
         """A slot goes back to its pool without its expert being kept."""
         slot = state.address[expert]
         state.address[expert] = 0
+        self._note_eviction(state, expert)
         if expert in state.transit:
             state.transit.remove(expert)
             state.pool.give_transit(slot)

@@ -21,8 +21,8 @@ class LayerTimes:
     wall_ns: int
     compute_ns: int
     stalled_ns: int
-    uses: int
-    resident: int
+    picks: int
+    hits: int
     read_bytes: int
 
 
@@ -37,7 +37,7 @@ def layer_table(t: Timeline, phase: str) -> list[LayerTimes]:
     size = int(layers["layer"].max()) + 1 if len(layers) else 0
     steps, wall = _count(layers, size), _lengths(layers, size)
     compute, stalled = (_lengths(of(records, "begin"), size) for records in (t.compute, t.stalls))
-    used, resident = _count(uses, size), _count(uses[uses["b"] == Source.RESIDENT], size)
+    picks, hits = _picks(uses, size), _picks(uses[uses["b"] == Source.RESIDENT], size)
     read_bytes = sums(reads["layer"].astype(np.intp), reads["a"], size)
     return [
         LayerTimes(
@@ -46,8 +46,8 @@ def layer_table(t: Timeline, phase: str) -> list[LayerTimes]:
             wall_ns=int(wall[layer]),
             compute_ns=int(compute[layer]),
             stalled_ns=int(stalled[layer]),
-            uses=int(used[layer]),
-            resident=int(resident[layer]),
+            picks=int(picks[layer]),
+            hits=int(hits[layer]),
             read_bytes=int(read_bytes[layer]),
         )
         for layer in np.flatnonzero(steps).tolist()
@@ -56,6 +56,10 @@ def layer_table(t: Timeline, phase: str) -> list[LayerTimes]:
 
 def _count(records: Records, size: int) -> I64:
     return sums(records["layer"].astype(np.intp), np.ones(len(records), np.int64), size)
+
+
+def _picks(uses: Records, size: int) -> I64:
+    return sums(uses["layer"].astype(np.intp), np.maximum(uses["a"], 1), size)
 
 
 def _lengths(records: Records, size: int) -> I64:

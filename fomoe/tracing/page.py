@@ -81,8 +81,8 @@ def _steps(summary: Summary, start: int, kept: npt.NDArray[np.bool_]) -> dict[st
         "tokens": _array(steps["a"], "<i4"),
         "prompt": _array(steps["b"] == 1, "u1"),
         "kept": _array(kept[last], "u1"),
-        "uses": _array(times.uses[last], "<i4"),
-        "resident": _array(times.resident[last], "<i4"),
+        "picks": _array(times.picks[last], "<i4"),
+        "hits": _array(times.hits[last], "<i4"),
         "bytes": _array(times.read_bytes[last], "<f8"),
     }
 

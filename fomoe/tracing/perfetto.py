@@ -63,8 +63,8 @@ def _events(summary: Summary) -> Iterator[Event]:
     yield from _stalls(summary, start)
     yield from _reads(t.reads, start)
     yield from _changes(records, start)
-    for i in np.flatnonzero(summary.times.uses).tolist():
-        rate = summary.times.resident[i] / summary.times.uses[i]
+    for i in np.flatnonzero(summary.times.picks).tolist():
+        rate = summary.times.hits[i] / summary.times.picks[i]
         at = (int(t.steps["begin"][i]) - start) / 1e3
         yield {"ph": "C", "name": "hit rate", "ts": at, "args": {"%": round(100 * float(rate), 2)}}
 

@@ -53,9 +53,9 @@ class Phase:
     between_ns: int
     parts: dict[str, int]  # nanoseconds of compute by Part, within steps
     outside: dict[str, int]  # the same between them, such as sampling
-    hit_rate: float
-    uses: int
-    in_flight_uses: int
+    hit_rate: float  # of picks; a pick is one expert of one token at one layer
+    picks: int
+    late_picks: int  # their experts were being read when the router named them
     reading: Reading
     ratio: float
     ratio_floor: float
@@ -91,9 +91,9 @@ def _phase(t: Timeline, times: StepTimes, name: str, mask: npt.NDArray[np.bool_]
         between_ns=int(times.between[mask].sum()),
         parts=_parts(compute[inside]),
         outside=_parts(compute[~inside]),
-        hit_rate=_ratio(times.resident[mask].sum(), times.uses[mask].sum()),
-        uses=len(uses),
-        in_flight_uses=int((uses["b"] == Source.IN_FLIGHT).sum()),
+        hit_rate=_ratio(times.hits[mask].sum(), times.picks[mask].sum()),
+        picks=int(times.picks[mask].sum()),
+        late_picks=int(np.maximum(uses["a"], 1)[uses["b"] == Source.IN_FLIGHT].sum()),
         reading=_reading(t, times, mask),
         ratio=_median(wall / np.maximum(np.maximum(io, busy), 1)) if busy.any() else math.nan,
         ratio_floor=_median(wall / np.maximum(np.maximum(floor, busy), 1)),
@@ -132,10 +132,10 @@ def _hit_history(
     t: Timeline, times: StepTimes, mask: npt.NDArray[np.bool_], bins: int = 48
 ) -> list[tuple[int, float]]:
     """Hit rate over the steps of a phase, in at most `bins` stretches of equally many steps."""
-    index = np.flatnonzero(mask & (times.uses > 0))
+    index = np.flatnonzero(mask & (times.picks > 0))
     groups = np.array_split(index, min(bins, len(index))) if len(index) else []
     return [
-        (int(t.steps["token"][g[0]]), _ratio(times.resident[g].sum(), times.uses[g].sum()))
+        (int(t.steps["token"][g[0]]), _ratio(times.hits[g].sum(), times.picks[g].sum()))
         for g in groups
     ]
 

@@ -148,13 +148,13 @@ def _stalls(summary: Summary) -> Iterator[str]:
 
 def _hit_rates(phases: Sequence[Phase]) -> Iterator[str]:
     for phase in phases:
-        if not phase.uses:
+        if not phase.picks:
             continue
         rates = [rate for _, rate in phase.hit_history]
-        late = f", {_percent(phase.in_flight_uses / phase.uses)} were being read"
+        late = f", {_percent(phase.late_picks / phase.picks)} were being read"
         yield (
-            f"Hit rate, {phase.name}: {_percent(phase.hit_rate)} of {phase.uses:,} uses"
-            + (late if phase.in_flight_uses else "")
+            f"Hit rate, {phase.name}: {_percent(phase.hit_rate)} of {phase.picks:,} picks"
+            + (late if phase.late_picks else "")
         )
         if len(rates) > 1:
             first, last = phase.hit_history[0][0], phase.hit_history[-1][0]
@@ -200,7 +200,7 @@ def _layers(phase: Phase, rows: Sequence[LayerTimes]) -> Iterator[str]:
                 _number(row.compute_ns / 1e6 / tokens, 3),
                 _number(row.stalled_ns / 1e6 / tokens, 3),
                 _number(overhead / 1e6 / tokens, 3),
-                _percent(row.resident / row.uses) if row.uses else NONE,
+                _percent(row.hits / row.picks) if row.picks else NONE,
                 _number(row.read_bytes / 2**20 / tokens, 2) if phase.reading.reads else NONE,
             ]
         )

@@ -92,8 +92,8 @@ class StepTimes:
     between: I64  # from the end of the step before of the same phase, 0 for the first
     flight: I64  # at least one read in flight
     read_bytes: I64
-    uses: I64
-    resident: I64
+    picks: I64  # one expert of one token at one layer
+    hits: I64  # of them, those that were resident
 
 
 def step_times(t: Timeline) -> StepTimes:
@@ -103,7 +103,8 @@ def step_times(t: Timeline) -> StepTimes:
     same = t.steps["b"][1:] == t.steps["b"][:-1]
     between = np.where(same, np.maximum(begin[1:] - end[:-1], 0), 0)
     reads_step, uses_step = t.step_at(t.reads["end"]), t.step_at(t.uses["begin"])
-    resident = t.uses["b"] == Source.RESIDENT
+    picks = np.maximum(t.uses["a"], 1)
+    hits = np.where(t.uses["b"] == Source.RESIDENT, picks, 0)
     return StepTimes(
         wall=end - begin,
         compute=compute,
@@ -112,8 +113,8 @@ def step_times(t: Timeline) -> StepTimes:
         between=np.concatenate(([0], between))[: len(begin)],
         flight=covered(t.flight_spans, begin, end),
         read_bytes=sums(reads_step, t.reads["a"], len(begin)),
-        uses=sums(uses_step, np.ones(len(t.uses), np.int64), len(begin)),
-        resident=sums(uses_step, resident.astype(np.int64), len(begin)),
+        picks=sums(uses_step, picks, len(begin)),
+        hits=sums(uses_step, hits, len(begin)),
     )
 
 
