@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import statistics
 import time
-from collections.abc import AsyncIterator, Callable, Generator
+from collections.abc import AsyncIterator, Callable, Generator, Iterable
 from collections.abc import Sequence as AnySequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -174,11 +174,7 @@ class Engine:
         once.
         """
         ids = self._encode(tokens)
-        if len(ids) > self._loaded.states.capacity:
-            raise RequestError(
-                f"{len(ids)} tokens do not fit into a context of {self._loaded.states.capacity}:"
-                " raise -c (--ctx-size)"
-            )
+        self._check_room(len(ids))
         sequence = Sequence(ids, sampler=None)
         self._submit(sequence)
         try:
@@ -190,6 +186,38 @@ class Engine:
                     return
         finally:
             self._cancel(sequence)
+
+    async def feed(
+        self, pieces: Iterable[AnySequence[int]], *, max_tokens: int
+    ) -> AsyncIterator[npt.NDArray[np.float32]]:
+        """Compute tokens that the caller has, piece by piece; yields the logits after each piece,
+        float32 [vocab].
+
+        A piece is taken when the iteration goes on, so it may depend on the logits before it. All
+        pieces together have at most `max_tokens` tokens: that much of the context is taken.
+        """
+        sequence = Sequence((), sampler=None, max_tokens=max_tokens, fed=True)
+        self._check_room(max_tokens)
+        self._submit(sequence)
+        try:
+            for piece in pieces:
+                ids = self._encode(piece)
+                if len(sequence.tokens) + len(ids) > max_tokens:
+                    raise RequestError(f"more tokens than the {max_tokens} that were announced")
+                sequence.extend(ids)
+                self._work.set()
+                output = await sequence.next_output()
+                assert output.logits is not None
+                yield output.logits[-1]
+        finally:
+            self._cancel(sequence)
+
+    async def preload(self) -> None:
+        """Read experts, from the first on, until every slot that is free now is taken."""
+        store = self._loaded.store
+        for layer in self._loaded.hp.layers:
+            store.prefetch(layer.index, range(layer.moe.num_experts))
+        await store.settle()
 
     def stats(self) -> Stats:
         """Figures since the engine was opened (a live object: copy what is to be kept)."""
@@ -223,6 +251,13 @@ class Engine:
         if bad is not None:
             raise RequestError(f"token id {bad} is outside the vocabulary of {vocab}")
         return ids
+
+    def _check_room(self, num_tokens: int) -> None:
+        if num_tokens > self._loaded.states.capacity:
+            raise RequestError(
+                f"{num_tokens} tokens do not fit into a context of {self._loaded.states.capacity}:"
+                " raise -c (--ctx-size)"
+            )
 
     def _submit(self, sequence: Sequence) -> None:
         if self._closing:

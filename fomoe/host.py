@@ -6,6 +6,7 @@ Owns: reading /proc and control groups. Does not know: what the memory is for.
 from __future__ import annotations
 
 import os
+import platform
 from pathlib import Path
 
 _GROUP_ROOT = Path("/sys/fs/cgroup")
@@ -14,6 +15,14 @@ _GROUP_ROOT = Path("/sys/fs/cgroup")
 def num_processors() -> int:
     """Processors this process may run on."""
     return len(os.sched_getaffinity(0))
+
+
+def processor_name() -> str:
+    """The processor as the system names it."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.machine()
 
 
 def resident_bytes() -> int:

@@ -30,8 +30,9 @@ class Output:
 class Sequence:
     """One request. With a sampler it is continued by up to `max_tokens` tokens, or until one of
     `stop_ids`; without one, the logits of all its tokens are wanted and it ends. `stepwise`
-    computes a given text token by token, as if it were being generated. `number` tells sequences
-    apart.
+    computes a given text token by token, as if it were being generated. One that is `fed` is
+    continued by whoever has it, by up to `max_tokens`; the logits of the last token it was given
+    are wanted. `number` tells sequences apart.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class Sequence:
         max_tokens: int = 0,
         stop_ids: frozenset[int] = frozenset(),
         stepwise: bool = False,
+        fed: bool = False,
         number: int = 0,
     ) -> None:
         self.tokens = list(tokens)
@@ -52,6 +54,7 @@ class Sequence:
         self.stepwise = stepwise
         self.number = number
         self.sampler = sampler
+        self.fed = fed
         self.state: SequenceState | None = None
         self.cancelled = False
         self.finished = False
@@ -64,14 +67,23 @@ class Sequence:
 
     @property
     def wants_all_logits(self) -> bool:
-        return self.sampler is None
+        return self.sampler is None and not self.fed
+
+    def extend(self, tokens: AnySequence[int]) -> None:
+        """More tokens for a sequence that is fed. What comes first counts as its prompt."""
+        if not self.tokens:
+            self.num_prompt = len(tokens)
+        self.tokens.extend(tokens)
 
     def advance(self, length: int, logits: npt.NDArray[np.float32] | None) -> None:
         """A step computed `length` tokens. `logits`: float32 [n, vocab], of all of them when all
         are
         wanted, else of the last one if the sequence has to be continued."""
         self.num_computed += length
-        if self.sampler is None:
+        if self.fed:
+            if logits is not None:
+                self._outputs.put_nowait(Output(logits=logits))
+        elif self.sampler is None:
             self.finished = self.num_pending == 0
             self._outputs.put_nowait(Output(logits=logits, last=self.finished))
         elif logits is not None:

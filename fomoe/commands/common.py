@@ -18,8 +18,9 @@ from fomoe.errors import RequestError
 from fomoe.plan import MemoryPlan
 
 
-def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
-    """The model, memory, threads and I/O."""
+def add_engine_arguments(parser: argparse.ArgumentParser, context: int | None = 4096) -> None:
+    """The model, memory, threads and I/O. context: the default of -c; None: what the command
+    needs."""
     group = parser.add_argument_group("model and engine")
     group.add_argument(
         "-m", "--model", type=Path, metavar="FILE",
@@ -30,8 +31,9 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
         help="what the process may use in all, such as 16GiB (default: planned from what is free)",
     )  # fmt: skip
     group.add_argument(
-        "-c", "--ctx-size", type=int, default=4096, metavar="N",
-        help="tokens of context, shared by all that runs at once (default: %(default)s)",
+        "-c", "--ctx-size", type=int, default=context, metavar="N",
+        help="tokens of context, shared by all that runs at once"
+        f" (default: {context or 'what is needed'})",
     )  # fmt: skip
     group.add_argument(
         "-ub", "--ubatch-size", type=int, default=512, metavar="N",

@@ -1,0 +1,197 @@
+"""Formats of benchmark results: llama-bench's Markdown, CSV and JSON, with columns of our own.
+
+Owns: names and layout of what is printed. Does not know: how it was measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import statistics
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Protocol, TextIO
+
+from fomoe import host
+from fomoe.bench import BenchResult, deviation
+from fomoe.config import format_size
+from fomoe.engine import Engine
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """What all results of a run have in common."""
+
+    model_path: Path
+    model_type: str
+    model_bytes: int
+    num_parameters: int
+    threads: int
+    cpu: str
+    memory_budget: int
+    budget_given: bool
+    experts_resident: float  # share of the experts that the memory plan has slots for
+    reader: str
+    tokens: str  # "random" or "text"
+
+    @classmethod
+    def of(cls, engine: Engine, args: argparse.Namespace, tokens: str) -> Run:
+        gguf, plan = engine.loaded.gguf, engine.plan
+        return cls(
+            model_path=gguf.paths[0],
+            model_type=f"{gguf.architecture} {gguf.file_type_name}",
+            model_bytes=gguf.nbytes,
+            num_parameters=gguf.num_parameters,
+            threads=args.threads or host.num_processors(),
+            cpu=host.processor_name(),
+            memory_budget=plan.budget,
+            budget_given=args.dram is not None,
+            experts_resident=plan.num_slots / plan.num_experts,
+            reader=engine.loaded.reader.describe(),
+            tokens=tokens,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The names that llama-bench's JSON has, then this engine's own."""
+        return {
+            "build_version": version("fomoe"),
+            "cpu_info": self.cpu,
+            "backends": "CPU",
+            "model_filename": str(self.model_path),
+            "model_type": self.model_type,
+            "model_size": self.model_bytes,
+            "model_n_params": self.num_parameters,
+            "n_threads": self.threads,
+            "memory_budget": self.memory_budget,
+            "experts_resident": self.experts_resident,
+            "reader": self.reader,
+            "tokens": self.tokens,
+        }
+
+
+class Output(Protocol):
+    """Rows are printed as soon as they are known."""
+
+    def __init__(self, stream: TextIO) -> None: ...
+    def begin(self, run: Run) -> None: ...
+    def row(self, result: BenchResult) -> None: ...
+    def end(self) -> None: ...
+
+
+class Markdown:
+    """The table for people. A figure that does not apply is a dash."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def begin(self, run: Run) -> None:
+        self._run = run
+        budget = [("budget", 10)] * run.budget_given
+        self._columns = [
+            ("model", -30), ("size", 10), ("params", 10), ("backend", -7), ("threads", 7), *budget,
+            ("test", 15), ("t/s", 20), ("cache", -5), ("hit %", 6), ("MiB/tok", 8), ("stall %", 7),
+            ("read GB/s", 9),
+        ]  # fmt: skip
+        self._line([name for name, _ in self._columns])
+        rules = ("-" * abs(w) if w < 0 else "-" * (w - 1) + ":" for _, w in self._columns)
+        print("| " + " | ".join(rules) + " |", file=self._stream, flush=True)
+
+    def row(self, result: BenchResult) -> None:
+        run = self._run
+        spread = deviation(result.rates)
+        self._line(
+            [
+                run.model_type,
+                format_size(run.model_bytes),
+                f"{run.num_parameters / 1e9:.2f} B",
+                "CPU",
+                str(run.threads),
+                *[format_size(run.memory_budget)] * run.budget_given,
+                result.test.name,
+                f"{statistics.fmean(result.rates):.2f} ± {spread:.2f}",
+                "cold" if result.cold else "warm",
+                "-" if result.hit_rate is None else f"{100 * result.hit_rate:.1f}",
+                f"{result.mib_per_token:.1f}",
+                f"{100 * result.stall_share:.1f}",
+                f"{result.read_gb_per_second:.2f}",
+            ]
+        )
+
+    def end(self) -> None:
+        run = self._run
+        print(
+            f"\nbuild: fomoe {version('fomoe')}; {run.cpu}; {run.tokens} tokens;"
+            f" memory for {100 * run.experts_resident:.0f} % of the experts;"
+            f" reading with {run.reader}",
+            file=self._stream,
+        )
+
+    def _line(self, cells: list[str]) -> None:
+        padded = (
+            cell.ljust(-width) if width < 0 else cell.rjust(width)
+            for cell, (_, width) in zip(cells, self._columns, strict=True)
+        )
+        print("| " + " | ".join(padded) + " |", file=self._stream, flush=True)
+
+
+class Csv:
+    """One line a test, all values quoted, without the samples."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._writer = csv.writer(stream, quoting=csv.QUOTE_ALL, lineterminator="\n")
+        self._has_header = False
+
+    def begin(self, run: Run) -> None:
+        self._run = run
+
+    def row(self, result: BenchResult) -> None:
+        values = self._run.to_dict() | result.to_dict()
+        del values["samples_ns"], values["samples_ts"]
+        if not self._has_header:
+            self._has_header = True
+            self._writer.writerow(values)
+        self._writer.writerow(values.values())
+        self._stream.flush()
+
+    def end(self) -> None:
+        pass
+
+
+class JsonLines:
+    """One object a line, a line a test."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def begin(self, run: Run) -> None:
+        self._run = run
+
+    def row(self, result: BenchResult) -> None:
+        print(json.dumps(self._run.to_dict() | result.to_dict()), file=self._stream, flush=True)
+
+    def end(self) -> None:
+        pass
+
+
+class Json:
+    """One array of objects."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._rows: list[dict[str, Any]] = []
+
+    def begin(self, run: Run) -> None:
+        self._run = run
+
+    def row(self, result: BenchResult) -> None:
+        self._rows.append(self._run.to_dict() | result.to_dict())
+
+    def end(self) -> None:
+        json.dump(self._rows, self._stream, indent=2)
+        print(file=self._stream)
+
+
+FORMATS: dict[str, type[Output]] = {"md": Markdown, "csv": Csv, "json": Json, "jsonl": JsonLines}

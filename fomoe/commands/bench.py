@@ -1,0 +1,119 @@
+"""`fomoe bench`: llama-bench's tests, flags and table, and what the experts cost."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from pathlib import Path
+
+from fomoe.bench import BenchResult, BenchTest, TokenSource, run_sample, warm_up
+from fomoe.bench_table import FORMATS, Run
+from fomoe.commands.common import add_engine_arguments, open_engine
+from fomoe.errors import RequestError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "tests", "Numbers are lists (512,1024) or ranges (128-512+128, 128-1024*2)."
+    )
+    add = group.add_argument
+    add("-p", "--n-prompt", type=_numbers, action="extend", metavar="N,...",
+        help="tokens of a prompt, 0 for no such test (default: 512)")  # fmt: skip
+    add("-n", "--n-gen", type=_numbers, action="extend", metavar="N,...",
+        help="tokens to generate, 0 for no such test (default: 128)")  # fmt: skip
+    add("-pg", type=_pair, action="append", default=[], metavar="PP,TG",
+        help="a prompt and what is generated after it, timed together")  # fmt: skip
+    add("-d", "--n-depth", type=_numbers, action="extend", metavar="N,...",
+        help="tokens in the context before a test begins (default: 0)")  # fmt: skip
+    add("-r", "--repetitions", type=int, default=5, metavar="N",
+        help="times that each test runs (default: %(default)s)")  # fmt: skip
+    add("--text", type=Path, metavar="FILE",
+        help="tokens of a text, which route as text does, instead of random ones")  # fmt: skip
+    add("--cold", action="store_true",
+        help="begin every repetition with no expert in memory, the model opened anew")  # fmt: skip
+    add("--no-warmup", action="store_true", help="begin as the test before left the cache")
+    add("-o", "--output", choices=sorted(FORMATS), default="md", help="(default: %(default)s)")
+    add("--stats", action="store_true", help="the engine's figures on stderr at the end")
+    add_engine_arguments(parser, context=None)
+
+
+async def run(args: argparse.Namespace) -> int:
+    tests = _tests(args)
+    if args.repetitions < 1:
+        raise RequestError("-r must be at least 1")
+    needed = max(test.total_tokens for test in tests)
+    context = args.ctx_size or needed
+    if context < needed:
+        raise RequestError(f"the tests need a context of {needed} tokens, -c gives {context}")
+    text = _read(args.text) if args.text else None
+    quiet = args.output != "md"
+    output = FORMATS[args.output](sys.stdout)
+    engine = await open_engine(args, quiet=quiet, context=context)
+    try:
+        ids = None if text is None else engine.tokenizer.encode(text)
+        source = TokenSource(engine.loaded.hp.vocab_size, ids)
+        described = Run.of(engine, args, source.kind)
+        output.begin(described)
+        for test in tests:
+            result = BenchResult(test, cold=args.cold)
+            if not (args.cold or args.no_warmup):
+                await warm_up(engine, test, source)
+            for _ in range(args.repetitions):
+                if args.cold:
+                    await engine.close()
+                    engine = await open_engine(args, quiet=True, context=context)
+                result.samples.append(await run_sample(engine, test, source))
+            output.row(result)
+        output.end()
+    finally:
+        await engine.close()
+    if args.stats:
+        print(*engine.stats().lines(), sep="\n", file=sys.stderr)
+    return 0
+
+
+def _tests(args: argparse.Namespace) -> list[BenchTest]:
+    """In llama-bench's order: for each depth, prompts, then generation, then pairs."""
+    prompts = [512] if args.n_prompt is None else args.n_prompt
+    generated = [128] if args.n_gen is None else args.n_gen
+    tests = []
+    for depth in args.n_depth or [0]:
+        tests += [BenchTest(prompt=n, depth=depth) for n in prompts if n]
+        tests += [BenchTest(generated=n, depth=depth) for n in generated if n]
+        tests += [BenchTest(prompt=p, generated=n, depth=depth) for p, n in args.pg]
+    if not tests:
+        raise RequestError("no test is left: give -p, -n or -pg")
+    return tests
+
+
+def _numbers(text: str) -> list[int]:
+    """ "512,1024", "128-512+128" (steps), "128-1024*2" (factors), "1-4"."""
+    numbers: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d+)(?:-(\d+)(?:([+*])(\d+))?)?", part)
+        if not match:
+            raise argparse.ArgumentTypeError(f"{part!r} is neither a number nor a range")
+        first, last = int(match[1]), int(match[2] or match[1])
+        step = int(match[4] or 1)
+        if step < 1 + (match[3] == "*") or (match[3] == "*" and not first):
+            raise argparse.ArgumentTypeError(f"{part!r} never ends")
+        number = first
+        while number <= last:
+            numbers.append(number)
+            number = number * step if match[3] == "*" else number + step
+    return numbers
+
+
+def _pair(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d+),(\d+)", text)
+    if not match or not int(match[1]) + int(match[2]):
+        raise argparse.ArgumentTypeError(f"{text!r} is not PP,TG, such as 512,128")
+    return int(match[1]), int(match[2])
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(f"cannot read the text of {path}: {error}") from error
