@@ -3,6 +3,8 @@
 import asyncio
 import errno
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -126,3 +128,43 @@ def test_a_missing_file(path: Path) -> None:
         describe([path, path.parent / "absent"])
     assert issubclass(ReadError, FomoeError)
     assert num_descriptors() == before
+
+
+FORBIDDEN = """
+import asyncio, ctypes, struct, sys
+from fomoe.errors import UnsupportedError
+from fomoe.io.open import open_reader
+
+# Load the number of the system call; io_uring_setup (425 on every architecture): EPERM; else allow.
+code = [(0x20, 0, 0, 0), (0x15, 0, 1, 425), (6, 0, 0, 0x00050001), (6, 0, 0, 0x7FFF0000)]
+filters = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in code))
+program = ctypes.create_string_buffer(struct.pack("HxxxxxxP", len(code), ctypes.addressof(filters)))
+libc = ctypes.CDLL(None, use_errno=True)
+assert libc.prctl(38, 1, 0, 0, 0) == 0  # PR_SET_NO_NEW_PRIVS
+if libc.prctl(22, 2, program) != 0:  # PR_SET_SECCOMP, SECCOMP_MODE_FILTER
+    sys.exit(77)
+
+async def check():
+    loop = asyncio.get_running_loop()
+    reader = open_reader([sys.argv[1]], loop=loop)
+    print(reader.describe())
+    await reader.close()
+    try:
+        open_reader([sys.argv[1]], loop=loop, io="uring")
+    except UnsupportedError as error:
+        print(error)
+
+asyncio.run(check())
+"""
+
+
+def test_a_container_that_forbids_io_uring(path: Path) -> None:
+    command = [sys.executable, "-P", "-c", FORBIDDEN, str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    if done.returncode == 77:
+        pytest.skip("no seccomp here")
+    assert done.returncode == 0, done.stderr
+    chosen, refused = done.stdout.splitlines()[-2:]
+    assert chosen.startswith("threads, ")
+    assert "io_uring is forbidden here" in chosen
+    assert refused.startswith("io_uring is forbidden here")

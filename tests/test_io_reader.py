@@ -368,3 +368,49 @@ def test_on_memory_file_system(io: Any) -> None:
         run(check())
     finally:
         path.unlink()
+
+
+def test_any_mix_of_submit_cancel_and_promote(tmp_path: Path, way: tuple[Any, Any]) -> None:
+    data = write_bytes(tmp_path / "a", 2 << 20)
+    rng = np.random.default_rng(11)
+
+    async def check() -> None:
+        async with open_rig([tmp_path / "a"], *way, arena_bytes=64 << 20) as rig:
+            for _ in range(10):
+                entries: list[Any] = []
+                for _ in range(60):
+                    choice = rng.integers(4)
+                    if choice >= 2 or not entries:
+                        offset = int(rng.integers(1 << 20))
+                        length = int(rng.integers(1, 200_000))
+                        entries.append((offset, length, *rig.request([(0, offset, length)])))
+                        rig.reader.submit([entries[-1][2]], Priority(int(rng.integers(2))))
+                    elif choice == 1:
+                        rig.reader.promote(entries[int(rng.integers(len(entries)))][2])
+                    else:
+                        rig.reader.cancel(entries[int(rng.integers(len(entries)))][2])
+                    if rng.integers(8) == 0:
+                        await asyncio.sleep(0.0005)
+                for offset, length, request, views, landed in entries:
+                    await asyncio.wait_for(landed, 20)
+                    assert request.error is None
+                    if not request.cancelled:
+                        assert np.array_equal(views[0], data[offset : offset + length])
+                assert rig.reader.idle()
+                assert rig.reader.stats.in_flight_bytes == 0
+                rig.arena.used = 0
+
+    run(check())
+
+
+def test_on_uvloop(tmp_path: Path, io: Any) -> None:
+    uvloop = pytest.importorskip("uvloop")
+    data = write_bytes(tmp_path / "a", 1 << 20)
+
+    async def check() -> None:
+        async with open_rig([tmp_path / "a"], io, arena_bytes=32 << 20) as rig:
+            for begin in range(0, 900_000, 50_000):
+                (view,) = await rig.read([(0, begin, 100_000)])
+                assert np.array_equal(view, data[begin : begin + 100_000])
+
+    uvloop.run(check())
