@@ -11,6 +11,7 @@ from pathlib import Path
 
 from fomoe.errors import RequestError
 from fomoe.experts.car import CarOptions
+from fomoe.experts.predict import Mode
 from fomoe.io.files import Direct
 from fomoe.io.open import Io
 
@@ -53,6 +54,15 @@ class EngineOptions:
     io, direct: how files are read (see fomoe.io.open).
     cpu_isa: "auto", or a lesser instruction set than the processor has, for comparisons.
     cache_policy: who stays in the expert cache (see fomoe.experts.cache).
+    prefetch: reads of predicted experts, "auto" (while they pay), "on" or "off".
+    profile: a file of use counts that seeds the cache, and is written at close.
+    record_routes: a file that every routing is recorded to (see fomoe.experts.routes).
+    car: cache-aware routing; exact routing unless it names a rule.
+    car_audit: share of generated tokens that are computed exactly as well, to meter CAR's cost.
+    backfill: read what stand-ins displaced while the drive is idle.
+    deterministic: with CAR, the same text on any drive: residents change between tokens only.
+    trace: a file that reads, stalls and compute are recorded to (see fomoe.trace).
+    cache_dir: where the measured speed of drives is kept; None measures anew.
     """
 
     dram: int | None = None
@@ -66,8 +76,15 @@ class EngineOptions:
     cpu_isa: str = "auto"
     cache_policy: str = "lfu"
     replicas: tuple[Path, ...] = ()
+    prefetch: Mode = "auto"
+    profile: Path | None = None
+    record_routes: Path | None = None
     car: CarOptions = field(default_factory=CarOptions)
+    car_audit: float = 0.0
+    backfill: bool = True
+    deterministic: bool = False
     trace: Path | None = None
+    cache_dir: Path | None = None
 
     def __post_init__(self) -> None:
         for name in ("context", "ubatch", "parallel"):
@@ -77,7 +94,10 @@ class EngineOptions:
             raise RequestError(f"threads must be at least 1, not {self.threads}")
         if self.dram is not None and self.dram < 1:
             raise RequestError(f"dram must be a positive number of bytes, not {self.dram}")
+        if not 0.0 <= self.car_audit <= 1.0:
+            raise RequestError(f"car_audit is a share between 0 and 1, not {self.car_audit}")
         for name, allowed in (
+            ("prefetch", ("auto", "on", "off")),
             ("cache_type", ("f16", "f32")),
             ("io", ("auto", "uring", "threads")),
             ("direct", ("auto", "on", "off")),

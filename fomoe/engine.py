@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fomoe import host
 from fomoe.config import EngineOptions, parse_size
 from fomoe.errors import ClosedError, FomoeError, RequestError
 from fomoe.forward import Forward, StepCancelledError
@@ -85,6 +86,7 @@ class Engine:
         total) with bytes while dense weights are read. Other options: the fields of EngineOptions.
         Raises FomoeError: FormatError, UnsupportedError, BudgetError, ReadError or RequestError.
         """
+        options.setdefault("cache_dir", host.cache_dir())
         try:
             chosen = EngineOptions(dram=None if dram is None else parse_size(dram), **options)
         except TypeError as error:

@@ -29,6 +29,7 @@ from fomoe.trace import Kind, Part, Reason, Tracer
 from fomoe.weights import EmbeddingRows
 
 R = TypeVar("R")
+Logits = npt.NDArray[np.float32] | None  # [n, vocab], or not wanted
 
 # Steps of up to this many tokens compute on the event loop's thread: a layer takes a few
 # milliseconds at most, less than two thread switches would add to every one of its calls.
@@ -72,7 +73,7 @@ class Forward:
     def close(self) -> None:
         self._thread.shutdown()
 
-    async def run(self, chunks: Sequence[Chunk]) -> list[npt.NDArray[np.float32] | None]:
+    async def run(self, chunks: Sequence[Chunk]) -> list[Logits]:
         """Compute a step; returns the logits [n, vocab] that each chunk's sequence wants, or None.
 
         Raises ReadError, and StepCancelledError when every sequence was cancelled meanwhile. After
@@ -83,22 +84,21 @@ class Forward:
         self._inline = num_tokens <= _INLINE_TOKENS
         self._yielded_ns = begin
         ids = [t for c in chunks for t in c.sequence.tokens[c.start : c.start + c.length]]
-        self._residency.begin_step(chunks)
         reads_rows = self._embedding.must_read(ids)
         rows = await self._embedding.rows(ids)
         if self._tracer and reads_rows:
             now = time.perf_counter_ns()
             self._tracer.event(Kind.STALL, begin, now, token=self._store.clock, a=Reason.FILE)
-        x = await self._compute(Part.EMBED, -1, self._model.embed, rows)
         segments = _segments(chunks)
-        for layer, cache in zip(self._model.layers, self._caches, strict=True):
-            await self._yield(chunks)
-            await self._layer(layer, cache, x, segments)
+        self._residency.begin_step(chunks)
+        exact = None
+        if self._residency.audit_due():
+            exact = await self._audit(chunks, rows, segments)
+        logits = await self._layers(chunks, rows, segments)
         self._store.clock += num_tokens
         await self._residency.end_step()
-        logits = [
-            await self._logits(chunk, x, s.start) for chunk, s in zip(chunks, segments, strict=True)
-        ]
+        if exact is not None:
+            self._residency.note_audit(exact[0], logits[0])
         if self._tracer:
             is_prompt = any(c.is_prompt for c in chunks)
             end = time.perf_counter_ns()
@@ -106,21 +106,59 @@ class Forward:
             self._tracer.event(Kind.STEP, begin, end, token=clock, a=num_tokens, b=is_prompt)
         return logits
 
+    async def _layers(
+        self,
+        chunks: Sequence[Chunk],
+        rows: npt.NDArray[np.uint8],
+        segments: Sequence[Segment],
+        *,
+        audit: bool = False,
+    ) -> list[Logits]:
+        x = await self._compute(Part.EMBED, -1, self._model.embed, rows)
+        for layer, cache in zip(self._model.layers, self._caches, strict=True):
+            await self._yield(chunks)
+            await self._layer(layer, cache, x, segments, audit)
+        return [
+            await self._logits(chunk, x, s.start) for chunk, s in zip(chunks, segments, strict=True)
+        ]
+
+    async def _audit(
+        self, chunks: Sequence[Chunk], rows: npt.NDArray[np.uint8], segments: Sequence[Segment]
+    ) -> list[Logits]:
+        """The step's logits with the router's own picks, leaving no trace: recurrent states are put
+        back, what is appended to the KV cache is overwritten by the step itself, and the experts
+        that it misses only pass through."""
+        states = [d for s in segments for d in s.delta if d is not None]
+        kept = [(d.conv.copy(), d.s.copy()) for d in states]
+        try:
+            return await self._layers(chunks, rows, segments, audit=True)
+        finally:
+            for state, (conv, s) in zip(states, kept, strict=True):
+                state.conv[...] = conv
+                state.s[...] = s
+
     async def _layer(
-        self, layer: Layer, cache: KvCache | None, x: Any, segments: Sequence[Segment]
+        self,
+        layer: Layer,
+        cache: KvCache | None,
+        x: Any,
+        segments: Sequence[Segment],
+        audit: bool,
     ) -> None:
         begin = time.perf_counter_ns()
         index = layer.parameters.index
         await self._compute(Part.MIX, index, layer.mix, x, segments, cache)
         ahead: list[int] = []
-        if self._read_ahead and not self._inline and index + 1 < len(self._model.layers):
-            ahead = await self._predict(self._model.layers[index + 1], x)
+        below = self._model.layers[index + 1] if index + 1 < len(self._model.layers) else None
+        if self._read_ahead and below and not self._inline:
+            ahead = await self._predict(below, x)
         routing = await self._compute(Part.ROUTE, index, layer.route, x)
-        self._residency.routed(index, routing)
+        if not audit:
+            self._residency.routed(index, routing)
         experts, counts = _distinct(routing)
         self._note_prediction(index, experts)
         call = await self._compute(Part.ROUTE, index, layer.experts, routing)
-        step = self._store.begin(index, experts, counts)
+        step = self._store.begin(index, experts, counts, passing=audit)
         try:
             resident = step.take()
             if resident:
@@ -137,6 +175,10 @@ class Forward:
             await self._compute(Part.FINISH, index, call.finish, x)
         finally:
             step.close()
+        if self._read_ahead and below and not audit and self._residency.predicts():
+            # Whatever the drive has time for, while the next layer's mixer is computed.
+            guess = await self._compute(Part.ROUTE, index + 1, below.route, x)
+            self._residency.predicted(index + 1, guess)
         if self._tracer:
             end = time.perf_counter_ns()
             self._tracer.event(Kind.LAYER, begin, end, index, -1, self._store.clock)
@@ -166,7 +208,7 @@ class Forward:
         if ahead and not step.pending:
             del ahead[: self._store.prefetch(index + 1, ahead)]
 
-    async def _logits(self, chunk: Chunk, x: Any, start: int) -> npt.NDArray[np.float32] | None:
+    async def _logits(self, chunk: Chunk, x: Any, start: int) -> Logits:
         if chunk.sequence.wants_all_logits:
             rows = range(start, start + chunk.length)
         elif chunk.completes:

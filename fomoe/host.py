@@ -39,6 +39,12 @@ def peak_resident_bytes() -> int:
     return resident_bytes()
 
 
+def cache_dir() -> Path:
+    """Where what is measured once is kept (XDG Base Directory Specification)."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(base) if base else Path.home() / ".cache") / "fomoe"
+
+
 def available_bytes() -> int:
     """Memory that the process could still take without swapping: the least of what the kernel calls
     available and what the control groups around the process leave."""

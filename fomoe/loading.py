@@ -7,24 +7,31 @@ Owns: that order, and undoing it. Does not know: steps, sequences.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from fomoe import host, models
 from fomoe.config import EngineOptions
-from fomoe.errors import FormatError
+from fomoe.errors import FormatError, RequestError
 from fomoe.experts.cache import ExpertCache, make_policy
 from fomoe.experts.car import CacheAwareRouter
 from fomoe.experts.layout import ExpertLayout
+from fomoe.experts.predict import Prefetcher
+from fomoe.experts.profile import parse, seed_order, serialise, write_atomically
+from fomoe.experts.routes import RouteShape, RouteWriter
 from fomoe.experts.slots import SlotPool
 from fomoe.experts.store import ExpertStore
 from fomoe.gguf import GgufFile
 from fomoe.io.arena import Arena
 from fomoe.io.open import open_reader
-from fomoe.io.probe import probe_drive
+from fomoe.io.probe import Drive, probe_drive
 from fomoe.io.reader import Reader
 from fomoe.kernels.cpu import CpuOps
 from fomoe.memory import Background, prepare
@@ -39,6 +46,11 @@ from fomoe.weights import DenseWeights, EmbeddingRows, embedding_row_room, regio
 # What the interpreter, the allocator and the thread stacks take beyond what is counted below.
 _ALLOWANCE = 48 << 20
 _HUGE_PAGE = 2 << 20
+# What reads ahead are judged by where the drive has not been measured (buffered, or a small file).
+_UNMEASURED_BYTES_PER_S = 1e9
+_LATENCY_S = 1e-4
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -77,11 +89,16 @@ async def load(
     threads = options.threads or host.num_processors()
     shapes = _shapes(gguf, hp)
     async with AsyncExitStack() as exits:
+        drive = await probe_drive(
+            gguf.paths[-1], cache=options.cache_dir, io=options.io, direct=options.direct
+        )
         reader = open_reader(
             gguf.paths,
             loop=asyncio.get_running_loop(),
             io=options.io,
             direct=options.direct,
+            replicas=options.replicas,
+            options=drive.options() if drive else None,
         )
         exits.push_async_callback(reader.close)
         layouts = _layouts(gguf, hp, reader.alignment)
@@ -94,10 +111,7 @@ async def load(
         if options.trace:
             tracer = Tracer.create(options.trace, info=_trace_info(gguf, hp, layouts, options))
             exits.callback(tracer.close)
-            # A recording shows every rate beside the drive's own; measured in under a second.
-            drive = await probe_drive(
-                gguf.paths[0], cache=None, io=options.io, direct=options.direct
-            )
+            # A recording shows every rate beside the drive's own.
             if drive is not None:
                 tracer.describe({"drive_gbps": drive.bytes_per_second / 1e9})
         arena = Arena(plan.total_bytes)
@@ -123,19 +137,13 @@ async def load(
         )
         pools = _pools(plan, arena)
         store = _store(hp, options, layouts, pools, plan, reader, tracer)
-        residency = Residency(
-            store,
-            CacheAwareRouter(options.car, hp.num_layers, hp.layers[0].moe.top_k),
-            backfill=True,
-            deterministic=False,
-            recorder=None,
-            uses=None,
-            tracer=tracer,
-        )
+        residency = _residency(gguf, hp, options, layouts, store, drive, tracer, exits)
         background = Background()
         exits.push_async_callback(background.close)
         for pool in dict.fromkeys(pools):
             background.start(prepare(arena, reader, pool.base, pool.nbytes))
+        if residency.uses is not None:
+            background.start(store.seed(seed_order(residency.uses, list(plan.quota))))
         return Loaded(
             gguf=gguf,
             hp=hp,
@@ -189,7 +197,7 @@ def _plan(
         ("process", host.resident_bytes() + _ALLOWANCE),
         ("dense weights", dense + _HUGE_PAGE),
         ("KV cache", kv_bytes(hp, options.context, options.cache_type)),
-        ("recurrent state", recurrent_bytes(hp) * options.parallel),
+        ("recurrent state", recurrent_bytes(hp) * (options.parallel + (options.car_audit > 0))),
         ("workspace", workspace + rows),
     ]
     needs = [
@@ -246,6 +254,81 @@ def _store(
         top_k=max(layer.moe.top_k for layer in hp.layers),
         tracer=tracer,
     )
+
+
+def _residency(
+    gguf: GgufFile,
+    hp: HyperParameters,
+    options: EngineOptions,
+    layouts: list[ExpertLayout],
+    store: ExpertStore,
+    drive: Drive | None,
+    tracer: Tracer | None,
+    exits: AsyncExitStack,
+) -> Residency:
+    top_k = max(layer.moe.top_k for layer in hp.layers)
+    recorder = None
+    if options.record_routes:
+        try:
+            file = exits.enter_context(options.record_routes.open("wb"))
+        except OSError as error:
+            raise RequestError(
+                f"cannot record routes to {options.record_routes}: {error.strerror}"
+            ) from error
+        shape = RouteShape(
+            layers=hp.num_layers,
+            experts=max(layer.moe.num_experts for layer in hp.layers),
+            top_k=top_k,
+            predicted=top_k,
+            logits=True,
+            model=gguf.name,
+            fingerprint=gguf.fingerprint,
+            expert_bytes=[layout.expert_bytes for layout in layouts],
+        )
+        recorder = RouteWriter(file, shape)
+    return Residency(
+        store,
+        CacheAwareRouter(options.car, hp.num_layers, top_k),
+        Prefetcher(
+            options.prefetch,
+            hp.num_layers,
+            bytes_per_s=drive.bytes_per_second if drive else _UNMEASURED_BYTES_PER_S,
+            latency_s=_LATENCY_S,
+        ),
+        backfill=options.backfill,
+        deterministic=options.deterministic,
+        audit_share=options.car_audit,
+        recorder=recorder,
+        uses=_profile(gguf, hp, options, exits),
+        tracer=tracer,
+    )
+
+
+def _profile(
+    gguf: GgufFile, hp: HyperParameters, options: EngineOptions, exits: AsyncExitStack
+) -> npt.NDArray[np.float32] | None:
+    """Use counts from earlier runs, halved; written back when the engine closes. A profile that
+    cannot serve is refused with one line, and the run goes on cold."""
+    path = options.profile
+    if path is None:
+        return None
+    experts = max(layer.moe.num_experts for layer in hp.layers)
+    fingerprint = gguf.fingerprint.encode()
+    uses: npt.NDArray[np.float32] = np.zeros((hp.num_layers, experts), np.float32)
+    if path.exists():
+        try:
+            uses = parse(path.read_bytes(), fingerprint, hp.num_layers, experts) * np.float32(0.5)
+        except (FormatError, OSError) as error:
+            _log.warning("profile %s is not used: %s; starting cold", path, error)
+
+    def save() -> None:
+        try:
+            write_atomically(path, serialise(uses, fingerprint))
+        except OSError as error:
+            _log.warning("profile %s could not be written: %s", path, error)
+
+    exits.callback(save)
+    return uses
 
 
 def _trace_info(

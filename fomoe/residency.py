@@ -4,13 +4,11 @@ Owns: joining the policies (who stands in, who comes next, what is remembered) w
 store. Does not know: how policies decide, how bytes move, what is computed.
 
 The cache follows the router and not the stand-ins: uses are noted as the router named them, and
-every expert that a stand-in displaced is read in the background while the drive has nothing better
-to do.
+every expert that a stand-in displaced is read in the background while the drive is idle.
 """
 
 from __future__ import annotations
 
-import heapq
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,67 +16,108 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from fomoe.experts.car import CacheAwareRouter, Selection
+from fomoe.experts.backfill import BackfillQueue, BackfillStats
+from fomoe.experts.car import CacheAwareRouter, CarStats, Selection
+from fomoe.experts.predict import Prefetcher, PrefetchStats, RecallMeter
 from fomoe.experts.routes import DECODE, PROMPT, RouteWriter
 from fomoe.experts.store import ExpertStore
 from fomoe.kernels.ops import Routing
 from fomoe.scheduler import Chunk
 from fomoe.trace import Kind, Tracer
 
-# Displaced experts on their way at a time: enough to keep a drive busy (an expert is several
-# pieces).
+# Displaced experts on their way at a time: enough to keep a drive busy (one is several pieces).
 _BACKFILL_FLIGHT = 4
-# Displaced experts that are remembered; older and less wanted ones are forgotten.
-_BACKFILL_QUEUE = 512
+# Tokens after which counts for a profile of use are halved.
+_USES_HALVE = 4096
 
 
 @dataclass(slots=True)
-class BackfillStats:
-    queued: int = 0
-    read: int = 0
-    forgotten: int = 0
+class _Prediction:
+    """What was predicted for a layer, best first, what of it was absent, and what was read."""
+
+    experts: list[int]
+    absent: set[int]
+    reads: list[int]
+    made_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class ResidencyStats:
+    """The meters of the policies. `car` is live also where no rule is on; then it stays empty."""
+
+    car: CarStats
+    backfill: BackfillStats
+    prefetch: PrefetchStats
+    recall: RecallMeter
 
 
 class Residency:
-    """Sees every routing of a step before its experts are asked for."""
+    """Sees every routing of a step before its experts are asked for.
+
+    `uses`: counts [layers, experts] to be kept for a profile, or None. `audit_share`: the share of
+    generated tokens that are computed exactly as well, to measure what stand-ins cost.
+    """
 
     def __init__(
         self,
         store: ExpertStore,
         car: CacheAwareRouter,
+        prefetcher: Prefetcher,
         *,
-        backfill: bool,
-        deterministic: bool,
-        recorder: RouteWriter | None,
-        uses: npt.NDArray[np.float32] | None,
+        backfill: bool = True,
+        deterministic: bool = False,
+        audit_share: float = 0.0,
+        recorder: RouteWriter | None = None,
+        uses: npt.NDArray[np.float32] | None = None,
         tracer: Tracer | None = None,
     ) -> None:
         self._store = store
         self._tracer = tracer
         self._car = car
         self._substituting = car.options.rule != "off"
-        self._backfill = backfill and self._substituting
+        self._backfill = BackfillQueue() if backfill and self._substituting else None
+        self._prefetcher = prefetcher
         self._deterministic = deterministic
+        self._audit_share = audit_share
+        self._audit_debt = 0.0
         self._recorder = recorder
-        self._uses = uses
-        self._queue: list[tuple[float, int, int]] = []
-        self._queued: set[tuple[int, int]] = set()
+        self._recall = RecallMeter()
+        self._predictions: dict[int, _Prediction] = {}
         self._decode = False
-        self.backfill_stats = BackfillStats()
+        self.uses = uses
 
     @property
-    def car(self) -> CacheAwareRouter:
-        return self._car
+    def stats(self) -> ResidencyStats:
+        backfill = self._backfill.stats if self._backfill else BackfillStats()
+        return ResidencyStats(self._car.stats, backfill, self._prefetcher.stats, self._recall)
 
     def begin_step(self, chunks: Sequence[Chunk]) -> None:
         """A step of these chunks starts. Stand-ins are allowed only where nothing but generated
         tokens is computed: an error in a prompt would stay in the state of all that follows.
         """
         self._decode = all(c.decodes for c in chunks)
+        self._predictions.clear()
         if self._recorder:
             sequences = [c.sequence.number for c in chunks for _ in range(c.length)]
             positions = [c.start + i for c in chunks for i in range(c.length)]
             self._recorder.begin(sequences, positions, DECODE if self._decode else PROMPT)
+
+    def audit_due(self) -> bool:
+        """Whether this step is one of those to be computed exactly as well."""
+        if not (self._decode and self._substituting):
+            return False
+        self._audit_debt += self._audit_share
+        if self._audit_debt < 1.0:
+            return False
+        self._audit_debt -= 1.0
+        return True
+
+    def note_audit(
+        self, exact: npt.NDArray[np.float32] | None, used: npt.NDArray[np.float32] | None
+    ) -> None:
+        """Next-token logits [1, vocab] of one token, computed exactly and as they were used."""
+        if exact is not None and used is not None:
+            self._car.stats.note_audit(exact[-1], used[-1])
 
     def routed(self, layer: int, routing: Routing) -> None:
         """Note what the router said at a layer, and let stand-ins take the place of picks whose
@@ -86,9 +125,12 @@ class Residency:
         """
         if self._recorder:
             self._recorder.layer(layer, routing.ids, routing.weights, routing.logits)
-        if self._uses is not None:
-            np.add.at(self._uses[layer], routing.ids.ravel(), 1.0)
+        if self.uses is not None:
+            np.add.at(self.uses[layer], routing.ids.ravel(), 1.0)
         self._store.note_uses(layer, routing.ids, routing.logits)
+        prediction = self._predictions.pop(layer, None)
+        if prediction:
+            self._judge(layer, prediction, set(routing.ids.ravel().tolist()))
         if not (self._decode and self._substituting):
             return
         available = self._store.available(layer, in_flight=not self._deterministic)
@@ -96,11 +138,60 @@ class Residency:
         if self._tracer and chosen.displaced:
             self._note_substitutions(self._tracer, layer, routing.ids, chosen)
         routing.ids, routing.weights = chosen.ids, chosen.weights
-        if self._backfill:
+        if self._backfill is not None:
             for expert, share in chosen.displaced:
-                self._remember(layer, expert, share)
+                self._backfill.add(layer, expert, share)
             if not self._deterministic:
-                self._pump()
+                self._pump(self._backfill)
+
+    def predicts(self) -> bool:
+        """Whether it is worth asking the next layer's router ahead of time."""
+        return (
+            self._decode and not self._deterministic and self._prefetcher.active(self._store.clock)
+        )
+
+    def predicted(self, layer: int, routing: Routing) -> None:
+        """What a layer will probably pick, said by its router before its own mixer has run."""
+        experts = list(dict.fromkeys(routing.ids.T.ravel().tolist()))
+        if self._recorder and len(routing.ids):
+            self._recorder.prediction(layer, routing.ids)
+        absent = [e for e in experts if not self._store.is_known(layer, e)]
+        self._store.protect(layer, experts)
+        reads = self._prefetcher.choose(
+            layer,
+            absent,
+            self._store.expert_bytes(layer),
+            idle=self._store.drive_idle,
+            clock=self._store.clock,
+        )
+        if reads:
+            self._store.prefetch(layer, reads)
+        self._predictions[layer] = _Prediction(experts, set(absent), reads, time.perf_counter_ns())
+
+    def _judge(self, layer: int, prediction: _Prediction, picks: set[int]) -> None:
+        """Compare a prediction with what was picked, and its reads with what they saved."""
+        elapsed = (time.perf_counter_ns() - prediction.made_ns) / 1e9
+        self._recall.note(prediction.experts, picks, picks & prediction.absent)
+        if self._tracer:
+            self._tracer.event(
+                Kind.PREDICT,
+                prediction.made_ns,
+                time.perf_counter_ns(),
+                layer,
+                token=self._store.clock,
+                a=len(prediction.experts),
+                b=len(picks.intersection(prediction.experts)),
+            )
+        self._prefetcher.note_window(layer, elapsed + self._store.window_seconds(layer))
+        whole = self._store.read_seconds
+        for rank, expert in enumerate(prediction.reads):
+            ready = self._store.is_ready(layer, expert)
+            used = expert in picks
+            saved = (whole if ready else min(elapsed, whole)) if used else 0.0
+            cost = 0.0 if used or ready else max(whole - elapsed, 0.0)
+            self._prefetcher.note_outcome(
+                rank, self._store.clock, used=used, saved_s=saved, cost_s=cost
+            )
 
     def _note_substitutions(
         self, tracer: Tracer, layer: int, picks: npt.NDArray[np.int32], chosen: Selection
@@ -112,46 +203,21 @@ class Residency:
             tracer.event(Kind.SUBSTITUTE, now, now, layer, pick, clock, a=other, b=moved)
 
     async def end_step(self) -> None:
-        """A step is over. In deterministic mode this is when displaced experts are read, as many at
-        every token, so that what is resident depends on the input alone."""
+        """A step is over. In deterministic mode this is when displaced experts are read, as many
+        at every token, so that what is resident depends on the input alone.
+        """
         if self._recorder:
             self._recorder.end()
-        if self._uses is not None and self._store.clock % 4096 == 0:
-            self._uses *= 0.5
-        if self._backfill and self._deterministic:
-            reads: list[tuple[int, int]] = []
-            while self._queue and len(reads) < _BACKFILL_FLIGHT:
-                layer, expert = self._next()
-                if self._store.prefetch(layer, [expert]):
-                    reads.append((layer, expert))
-            self.backfill_stats.read += len(reads)
+        if self.uses is not None and self._store.clock % _USES_HALVE == 0:
+            self.uses *= 0.5
+        if self._backfill is not None and self._deterministic:
+            for _ in range(min(_BACKFILL_FLIGHT, len(self._backfill))):
+                layer, expert = self._backfill.take()
+                self._store.prefetch(layer, [expert])
             await self._store.settle()
 
-    def _remember(self, layer: int, expert: int, share: float) -> None:
-        if (layer, expert) in self._queued:
-            return
-        self.backfill_stats.queued += 1
-        self._queued.add((layer, expert))
-        heapq.heappush(self._queue, (-share, layer, expert))
-        if len(self._queue) > _BACKFILL_QUEUE:
-            # The least wanted is among the leaves; a heap of this size is sorted in microseconds.
-            self._queue.sort()
-            _, *lost = self._queue.pop()
-            self._queued.discard((lost[0], lost[1]))
-            self.backfill_stats.forgotten += 1
-
-    def _next(self) -> tuple[int, int]:
-        _, layer, expert = heapq.heappop(self._queue)
-        self._queued.discard((layer, expert))
-        return layer, expert
-
-    def _pump(self) -> None:
+    def _pump(self, queue: BackfillQueue) -> None:
         """Keep the background of the drive busy; demand reads go first in any case."""
-        room = _BACKFILL_FLIGHT - self._store.num_ahead
-        while room > 0 and self._queue:
-            layer, expert = self._next()
-            before = self._store.num_ahead
+        while queue and self._store.num_ahead < _BACKFILL_FLIGHT:
+            layer, expert = queue.take()
             self._store.prefetch(layer, [expert])
-            started = self._store.num_ahead - before
-            self.backfill_stats.read += started
-            room -= started

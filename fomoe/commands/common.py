@@ -15,6 +15,7 @@ from fomoe.config import parse_size
 from fomoe.demo import DEMO_MODEL
 from fomoe.engine import Engine, Opening
 from fomoe.errors import RequestError
+from fomoe.experts.car import CarOptions
 from fomoe.plan import MemoryPlan
 
 
@@ -67,7 +68,50 @@ def add_engine_arguments(parser: argparse.ArgumentParser, context: int | None = 
         help="who stays in memory: lfu, lfru, lru, least-stale, mass (default: %(default)s)",
     )  # fmt: skip
     group.add_argument(
+        "--prefetch", choices=("auto", "on", "off"), default="auto",
+        help="read predicted experts ahead: auto stops when it does not pay (default: %(default)s)",
+    )  # fmt: skip
+    group.add_argument(
+        "--profile", type=Path, metavar="FILE",
+        help="use counts of earlier runs: seeds the cache, and is updated at the end",
+    )  # fmt: skip
+    group.add_argument(
+        "--record-routes", type=Path, metavar="FILE", help="record every routing for tools/simulate"
+    )
+    _add_car_arguments(parser)
+    group.add_argument(
         "--trace", type=Path, metavar="FILE", help="record reads, stalls and compute to a file"
+    )
+
+
+def _add_car_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("cache-aware routing (changes what is computed)")
+    group.add_argument(
+        "--car", default="off", metavar="RULE",
+        help="let resident experts stand in for ones that would stall: off, ratio:TAU, "
+        "prior:LAMBDA, max-rank:J,M (default: %(default)s)",
+    )  # fmt: skip
+    group.add_argument(
+        "--car-top-j", type=int, metavar="N", help="the true best N experts are never replaced"
+    )
+    group.add_argument(
+        "--car-max-mass", type=float, metavar="SHARE",
+        help="at most this share of a layer's weight is moved to stand-ins",
+    )  # fmt: skip
+    group.add_argument(
+        "--car-weights", choices=("dampen", "renorm"),
+        help="what stand-ins lack in probability is dropped, or made up for",
+    )  # fmt: skip
+    group.add_argument(
+        "--car-audit", type=float, default=0.0, metavar="SHARE",
+        help="compute this share of tokens exactly as well and report the KL divergence",
+    )  # fmt: skip
+    group.add_argument(
+        "--no-backfill", dest="backfill", action="store_false",
+        help="do not read replaced experts while the drive is idle",
+    )  # fmt: skip
+    group.add_argument(
+        "--deterministic", action="store_true", help="with --car: the same text on any drive"
     )
 
 
@@ -83,6 +127,18 @@ def open_engine(args: argparse.Namespace, *, quiet: bool = False, **more: Any) -
         "replicas": tuple(args.replica),
         "cpu_isa": args.cpu_isa,
         "cache_policy": args.cache_policy,
+        "prefetch": args.prefetch,
+        "profile": args.profile,
+        "record_routes": args.record_routes,
+        "car": CarOptions.parse(
+            args.car,
+            top_j=args.car_top_j,
+            max_mass=args.car_max_mass,
+            weights=args.car_weights,
+        ),
+        "car_audit": args.car_audit,
+        "backfill": args.backfill,
+        "deterministic": args.deterministic,
         "trace": args.trace,
     }
     return Engine.open(

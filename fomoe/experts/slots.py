@@ -15,6 +15,7 @@ class SlotPool:
         self.base = base
         self.slot_bytes = slot_bytes
         self.num_slots = num_slots
+        self.transit = transit
         self._free = [base + i * slot_bytes for i in reversed(range(num_slots))]
         self._transit_left = transit
 

@@ -34,6 +34,10 @@ from fomoe.trace import Kind, Reason, Source, Tracer
 Resident = tuple[int, int, int, int]
 
 
+# Experts on their way at a time while the cache is being seeded.
+_SEEDS_AHEAD = 4
+
+
 @dataclass(slots=True)
 class StoreStats:
     """Counters since the store was made. A pick is one expert of one token at one layer; a use is
@@ -66,6 +70,7 @@ class _Layer:
     transit: set[int] = field(default_factory=set)
     held: set[int] = field(default_factory=set)
     ahead: set[int] = field(default_factory=set)
+    predicted: list[int] = field(default_factory=list)
     step: ExpertStep | None = None
 
     def busy(self) -> list[int]:
@@ -75,8 +80,8 @@ class _Layer:
 
 class ExpertStore:
     """The experts of all layers. `layouts`, `pools` and `caches` have one entry per layer; a
-    cache's
-    capacity is the number of the pool's slots that are its layer's."""
+    cache's capacity is the number of the pool's slots that are its layer's.
+    """
 
     def __init__(
         self,
@@ -97,7 +102,7 @@ class ExpertStore:
         self.stats = StoreStats()
         self.num_ahead = 0  # experts being read that no step waits for
         self._read_ns = 0.0  # a running mean of a read's time in flight
-        self._settled: asyncio.Future[None] | None = None
+        self._landing = asyncio.Event()
         self.clock = 0  # tokens seen; the time by which uses age
 
     def note_uses(
@@ -119,6 +124,7 @@ class ExpertStore:
         expected before the ready ones of a step have been computed. A copy."""
         state = self._layers[layer]
         result = state.cache.resident.copy()
+        result[list(state.transit)] = True
         now = time.perf_counter_ns()
         for expert, request in state.loading.items():
             begun = request.submitted_ns
@@ -129,25 +135,67 @@ class ExpertStore:
     async def settle(self) -> None:
         """Wait until nothing is being read."""
         while any(state.loading for state in self._layers):
-            self._settled = asyncio.get_running_loop().create_future()
-            await self._settled
-        self._settled = None
+            await self._next_landing()
+
+    async def _next_landing(self) -> None:
+        self._landing.clear()
+        await self._landing.wait()
+
+    async def seed(self, order: Sequence[tuple[int, int]]) -> None:
+        """Read experts (layer, expert) in the background, in this order, into free slots."""
+        for layer, expert in order:
+            while self.num_ahead >= _SEEDS_AHEAD:
+                await self._next_landing()
+            cache = self._layers[layer].cache
+            if len(cache) < cache.capacity:
+                self.prefetch(layer, [expert])
 
     def is_ready(self, layer: int, expert: int) -> bool:
+        """The expert's bytes are in memory."""
         state = self._layers[layer]
         return state.address[expert] != 0 and expert not in state.loading
 
-    def begin(self, layer: int, experts: Sequence[int], counts: Sequence[int]) -> ExpertStep:
+    def is_known(self, layer: int, expert: int) -> bool:
+        """The expert is in memory, or being read."""
+        return self._layers[layer].address[expert] != 0
+
+    def expert_bytes(self, layer: int) -> int:
+        return self._layers[layer].layout.expert_bytes
+
+    def window_seconds(self, layer: int) -> float:
+        """How long a step of this layer computes before it has to wait, of late."""
+        return self._layers[layer].window_ns / 1e9
+
+    @property
+    def read_seconds(self) -> float:
+        """How long an expert's read takes, of late."""
+        return self._read_ns / 1e9
+
+    @property
+    def drive_idle(self) -> bool:
+        return self._reader.idle()
+
+    def protect(self, layer: int, experts: Sequence[int]) -> None:
+        """Experts that a layer will probably need next: reads ahead do not evict them."""
+        self._layers[layer].predicted = list(experts)
+
+    def begin(
+        self, layer: int, experts: Sequence[int], counts: Sequence[int], *, passing: bool = False
+    ) -> ExpertStep:
         """A step needs `experts` (distinct) of a layer, `counts[i]` tokens picking experts[i].
 
-        Reads of what is missing are on their way when this returns. The step must be closed.
+        Reads of what is missing are on their way when this returns. The step must be closed. One
+        that is only `passing` leaves no trace in the cache: what it misses goes through transit.
         """
         state = self._layers[layer]
         assert state.step is None, "one step at a time per layer"
-        step = ExpertStep(self, state, experts)
+        passing = passing and state.pool.transit > 0
+        step = ExpertStep(self, state, experts, passing)
         state.step = step
         state.held.update(experts)
-        stats, address, loading = self.stats, state.address, state.loading
+        # A passing step is not part of what is counted.
+        stats = StoreStats() if passing else self.stats
+        address, loading = state.address, state.loading
         now = time.perf_counter_ns()
         stats.uses += len(experts)
         missing = []
@@ -205,7 +253,11 @@ class ExpertStore:
         """Give slots to experts that a step still needs, as far as there are any, and read them."""
         requests = []
         while step.pending:
-            slot = self._take_slot(state, step.pending[0], newcomer=step.sweeping)
+            slot = (
+                self._take_transit(state, step.pending[0])
+                if step.passing
+                else self._take_slot(state, step.pending[0], newcomer=step.sweeping)
+            )
             if slot is None:
                 break
             expert = step.pending.popleft()
@@ -236,15 +288,21 @@ class ExpertStore:
             slot = state.pool.take()
             cache.admit(expert, slot)
             return slot
-        victim = cache.victim(state.busy(), newcomer=expert if newcomer else None)
+        protected = state.busy()
+        if newcomer:
+            protected += state.predicted
+        victim = cache.victim(protected, newcomer=expert if newcomer else None)
         if victim is not None:
             slot = self._evict(state, victim)
             cache.admit(expert, slot)
             return slot
-        transit = state.pool.take_transit(reserve)
-        if transit is not None:
+        return self._take_transit(state, expert, reserve)
+
+    def _take_transit(self, state: _Layer, expert: int, reserve: int = 0) -> int | None:
+        slot = state.pool.take_transit(reserve)
+        if slot is not None:
             state.transit.add(expert)
-        return transit
+        return slot
 
     def _evict(self, state: _Layer, victim: int) -> int:
         slot = state.address[victim]
@@ -300,8 +358,7 @@ class ExpertStore:
         if request.error is None and not request.cancelled:
             flight = request.landed_ns - request.submitted_ns
             self._read_ns += (flight - self._read_ns) / 16 if self._read_ns else flight
-        if self._settled and not self._settled.done():
-            self._settled.set_result(None)
+        self._landing.set()
 
     def _forget(self, state: _Layer, expert: int) -> None:
         """A slot goes back to its pool without its expert being kept."""
@@ -327,7 +384,9 @@ class ExpertStore:
         for expert in experts:
             state.held.discard(expert)
             if expert in state.transit:
-                victim = state.cache.victim(state.busy(), newcomer=expert)
+                victim = None
+                if not step.passing:
+                    victim = state.cache.victim(state.busy(), newcomer=expert)
                 if victim is None:
                     self._forget(state, expert)
                 else:
@@ -349,9 +408,12 @@ class ExpertStep:
     """The experts that one step needs of one layer. Use: while `experts := await step.landed()`,
     compute them and call computed(experts); close() in any case."""
 
-    def __init__(self, store: ExpertStore, state: _Layer, experts: Sequence[int]) -> None:
+    def __init__(
+        self, store: ExpertStore, state: _Layer, experts: Sequence[int], passing: bool
+    ) -> None:
         self._store = store
         self._state = state
+        self.passing = passing
         self.wanted = frozenset(experts)
         # More experts than the layer has slots: newcomers must be worth more than who they
         # displace.
