@@ -11,7 +11,17 @@
 
 int fomoe_isa_best(void)
 {
+#if defined(__x86_64__)
+    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("f16c"))
+        return FOMOE_ISA_SCALAR;
+    if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw")
+        || !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl")
+        || !__builtin_cpu_supports("avx512vnni"))
+        return FOMOE_ISA_AVX2;
+    return FOMOE_ISA_AVX512;
+#else
     return FOMOE_ISA_SCALAR;
+#endif
 }
 
 /* The ISA in use, chosen once; -1 until someone asks. */
@@ -35,8 +45,20 @@ int fomoe_isa_set(int isa)
     return 0;
 }
 
+/* The best kernel of a type up to the ISA in use. */
+static fomoe_rows_fn kernel_of(int type)
+{
+    fomoe_rows_fn kernel = 0;
+#if defined(__x86_64__)
+    int isa = fomoe_isa_get();
+    if (!kernel && isa >= FOMOE_ISA_AVX512)
+        kernel = fomoe_rows_avx512(type);
+#endif
+    return kernel ? kernel : fomoe_rows_scalar;
+}
+
 void fomoe_matmul_rows(const fomoe_matrix *w, const fomoe_act *act, const int32_t *rows, int num_rows,
                        int row_begin, int row_end, float *y, int64_t ldy)
 {
-    fomoe_rows_scalar(w, act, rows, num_rows, row_begin, row_end, y, ldy);
+    kernel_of(w->type)(w, act, rows, num_rows, row_begin, row_end, y, ldy);
 }

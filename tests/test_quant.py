@@ -111,7 +111,7 @@ def test_every_isa_gives_the_same_bits(type_: QuantType, isa: Isa) -> None:
         quant.set_isa(isa)
         product = Matmul(type_, shifted, rows, cols)
         product.prepare(x)
-        for count in sorted({1, 2, tokens // 2 + 1, tokens}):
+        for count in {1, min(2, tokens), tokens // 2 + 1, tokens}:
             y = np.full((count, rows), np.nan, np.float32)
             cut = rows // 3
             product.run(y, rows=picked, row_begin=0, row_end=cut)
