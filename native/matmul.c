@@ -8,6 +8,7 @@
 #include <stdatomic.h>
 
 #include "matmul_kernels.h"
+#include "quant.h"
 
 int fomoe_isa_best(void)
 {
@@ -45,6 +46,17 @@ int fomoe_isa_set(int isa)
     return 0;
 }
 
+#if defined(__x86_64__)
+static fomoe_rows_fn avx512_kernel_of(int type)
+{
+    switch (fomoe_type_block_size(type)) {
+    case 256: return fomoe_rows_avx512_256(type);
+    case 32: return fomoe_rows_avx512_32(type);
+    default: return fomoe_rows_avx512_float(type);
+    }
+}
+#endif
+
 /* The best kernel of a type up to the ISA in use. */
 static fomoe_rows_fn kernel_of(int type)
 {
@@ -52,7 +64,7 @@ static fomoe_rows_fn kernel_of(int type)
 #if defined(__x86_64__)
     int isa = fomoe_isa_get();
     if (!kernel && isa >= FOMOE_ISA_AVX512)
-        kernel = fomoe_rows_avx512(type);
+        kernel = avx512_kernel_of(type);
 #endif
     return kernel ? kernel : fomoe_rows_scalar;
 }

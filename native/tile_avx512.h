@@ -25,6 +25,7 @@ enum { TILE_ROWS = 16, TILE_TOKENS = 32 };
 typedef struct {
     const uint8_t *row[TILE_ROWS];
     __mmask16 mask;
+    const char *next;       /* where the tile after this one begins */
 } tile_rows;
 
 AVX512_INLINE tile_rows tile_rows_at(const fomoe_matrix *w, int row_begin, int row_end)
@@ -33,15 +34,18 @@ AVX512_INLINE tile_rows tile_rows_at(const fomoe_matrix *w, int row_begin, int r
     int n = row_end - row_begin < TILE_ROWS ? row_end - row_begin : TILE_ROWS;
     for (int i = 0; i < TILE_ROWS; i++)
         t.row[i] = (const uint8_t *)w->data + (row_begin + (i < n ? i : n - 1)) * w->row_bytes;
+    t.next = (const char *)w->data + (row_begin + TILE_ROWS) * w->row_bytes;
     t.mask = (__mmask16)((1u << n) - 1);
     return t;
 }
 
-/* 16 bytes at `offset` of every row as four vectors: lane r of out[j] is dword j of row r. */
+/* 16 bytes at `offset` of every row as four vectors: lane r of out[j] is dword j of row r.
+ * Walks the next tile linearly, ahead of the 16 interleaved row streams, which no prefetcher follows. */
 AVX512_INLINE void load_lanes(const tile_rows *t, size_t offset, __m512i out[4])
 {
     __m512i z[4];
     for (int k = 0; k < 4; k++) {
+        _mm_prefetch(t->next + TILE_ROWS * offset + 64 * k, _MM_HINT_T1);
         z[k] = _mm512_castsi128_si512(_mm_loadu_si128((const void *)(t->row[k] + offset)));
         z[k] = _mm512_inserti32x4(z[k], _mm_loadu_si128((const void *)(t->row[4 + k] + offset)), 1);
         z[k] = _mm512_inserti32x4(z[k], _mm_loadu_si128((const void *)(t->row[8 + k] + offset)), 2);
@@ -55,21 +59,25 @@ AVX512_INLINE void load_lanes(const tile_rows *t, size_t offset, __m512i out[4])
     out[3] = _mm512_unpackhi_epi64(hi01, hi23);
 }
 
+/* The two bytes at `offset` of every row, as halves. */
+AVX512_INLINE __m256i load_halves(const tile_rows *t, size_t offset)
+{
+    uint64_t quads[4];
+    for (int i = 0; i < 4; i++) {
+        quads[i] = 0;
+        for (int k = 0; k < 4; k++)
+            quads[i] |= (uint64_t)fomoe_load_u16(t->row[4 * i + k] + offset) << (16 * k);
+    }
+    return _mm256_set_epi64x((int64_t)quads[3], (int64_t)quads[2], (int64_t)quads[1], (int64_t)quads[0]);
+}
+
 /* The low halves of all lanes, IEEE half precision, as floats. */
 AVX512_INLINE __m512 half_lanes(__m512i v)
 {
     return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(v));
 }
 
-/* Prefetches the tile after this one while block `b` of this one is worked on: a linear walk, which
- * the 16 interleaved row streams are not. */
-AVX512_INLINE void prefetch_next(const fomoe_matrix *w, const tile_rows *t, int b, int block_bytes)
-{
-    const char *p = (const char *)t->row[0] + TILE_ROWS * (w->row_bytes + (size_t)b * block_bytes);
-    for (int i = 0; i < TILE_ROWS * block_bytes; i += 64)
-        _mm_prefetch(p + i, _MM_HINT_T1);
-}
-
+/* Four activations (or two sums) of a token, to meet the same columns of all rows. */
 AVX512_INLINE __m512i broadcast4(const void *p)
 {
     int v;
