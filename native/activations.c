@@ -18,53 +18,58 @@ enum fomoe_format fomoe_format_of(int type)
     }
 }
 
-float fomoe_quantize_scalar(const float *x, int n, int8_t *q)
+static float quantize_scalar(const float *x, int n, int8_t *q, int32_t *sum16)
 {
     float largest = 0;
     for (int i = 0; i < n; i++)
         largest = fmaxf(largest, fabsf(x[i]));
-    float inverse = largest > 0 ? 127.0f / largest : 0.0f;
-    if (!isfinite(inverse))
-        inverse = 0;    /* a block so small that its inverse overflows is zero to every product */
-    for (int i = 0; i < n; i++)
-        q[i] = (int8_t)lrintf(x[i] * inverse);
+    float inverse = fomoe_quantize_inverse(largest);
+    for (int j = 0; j < n / 16; j++) {
+        sum16[j] = 0;
+        for (int i = 16 * j; i < 16 * (j + 1); i++) {
+            q[i] = (int8_t)lrintf(x[i] * inverse);
+            sum16[j] += q[i];
+        }
+    }
     return inverse > 0 ? largest / 127.0f : 0.0f;
 }
 
-static int sum_codes(const int8_t *q, int n)
+static fomoe_quantize_fn quantize_of_isa(void)
 {
-    int sum = 0;
-    for (int i = 0; i < n; i++)
-        sum += q[i];
-    return sum;
+#if defined(__x86_64__)
+    if (fomoe_isa_get() >= FOMOE_ISA_AVX2)
+        return fomoe_quantize_avx2;
+#endif
+    return quantize_scalar;
 }
 
 static void prepare_256(const fomoe_act *act, int token, const float *x)
 {
     fomoe_act256 a = fomoe_act256_at(act->forms[FOMOE_FORMAT_256], token, act->cols);
+    fomoe_quantize_fn quantize = quantize_of_isa();
     for (int b = 0; b < act->cols / 256; b++) {
-        int8_t *q = (int8_t *)a.q + 256 * b;
         int16_t *sum32 = (int16_t *)a.sum32 + 8 * b, *sum16 = (int16_t *)a.sum16 + 16 * b;
-        ((float *)a.d)[b] = fomoe_quantize_scalar(x + 256 * b, 256, q);
+        int32_t *minus32 = (int32_t *)a.minus32 + 16 * b, sums[16];
+        ((float *)a.d)[b] = quantize(x + 256 * b, 256, (int8_t *)a.q + 256 * b, sums);
         for (int j = 0; j < 16; j++) {
-            sum16[j] = sum_codes(q + 16 * j, 16);
-            ((int32_t *)a.minus32)[16 * b + j] = -32 * sum16[j];
+            sum16[j] = (int16_t)sums[j];
+            minus32[j] = -32 * sums[j];
         }
         for (int j = 0; j < 8; j++)
-            sum32[j] = sum16[2 * j] + sum16[2 * j + 1];
+            sum32[j] = (int16_t)(sums[2 * j] + sums[2 * j + 1]);
     }
 }
 
 static void prepare_32(const fomoe_act *act, int token, const float *x)
 {
     fomoe_act32 a = fomoe_act32_at(act->forms[FOMOE_FORMAT_32], token, act->cols);
+    fomoe_quantize_fn quantize = quantize_of_isa();
     for (int b = 0; b < act->cols / 32; b++) {
-        int8_t *q = (int8_t *)a.q + 32 * b;
-        float d = fomoe_quantize_scalar(x + 32 * b, 32, q);
-        int sum = sum_codes(q, 32);
+        int32_t sums[2];
+        float d = quantize(x + 32 * b, 32, (int8_t *)a.q + 32 * b, sums);
         ((float *)a.d)[b] = d;
-        ((float *)a.s)[b] = d * (float)sum;
-        ((int32_t *)a.sum)[b] = sum;
+        ((float *)a.s)[b] = d * (float)(sums[0] + sums[1]);
+        ((int32_t *)a.sum)[b] = sums[0] + sums[1];
     }
 }
 

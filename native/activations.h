@@ -81,8 +81,15 @@ static inline fomoe_act32 fomoe_act32_at(const void *form, int64_t token, int co
 /* The format that a type's kernels take. */
 enum fomoe_format fomoe_format_of(int type);
 
-/* d and q of n columns (a multiple of 32, one scale); bit-equal on every ISA. */
-typedef float (*fomoe_quantize_fn)(const float *x, int n, int8_t *q);
-float fomoe_quantize_scalar(const float *x, int n, int8_t *q);
+/* 127 / largest, or 0 for a block so small that it is zero to every product. */
+static inline float fomoe_quantize_inverse(float largest)
+{
+    return largest > 0x1p-120f ? 127.0f / largest : 0.0f;
+}
+
+/* Quantises n columns (a multiple of 32) with one scale, which is returned; sum16 takes the sums of q
+ * over 16 columns. The same bits on every ISA. */
+typedef float (*fomoe_quantize_fn)(const float *x, int n, int8_t *q, int32_t *sum16);
+float fomoe_quantize_avx2(const float *x, int n, int8_t *q, int32_t *sum16);
 
 #endif
