@@ -223,9 +223,9 @@ class _Parser:
         nbytes = prod(shape[:-1]) * quant.row_bytes(shape[-1])
         start = data_start + offset
         if start + nbytes > self._size:
-            raise self._error(
-                f"tensor {name} ends at byte {start + nbytes}, the file at {self._size}: truncated "
-                "(an incomplete download?) or damaged"
+            raise FormatError(
+                f"{self._path}: tensor {name} ends at byte {start + nbytes}, the file at "
+                f"{self._size}: truncated (an incomplete download?) or damaged"
             )
         return TensorInfo(name, quant, shape, self._shard, start, nbytes)
 
@@ -233,12 +233,12 @@ class _Parser:
         names: set[str] = set()
         for tensor in tensors:
             if tensor.name in names:
-                raise self._error(f"tensor {tensor.name} occurs twice")
+                raise FormatError(f"{self._path}: tensor {tensor.name} occurs twice")
             names.add(tensor.name)
         by_offset = sorted(tensors, key=lambda tensor: tensor.offset)
         for left, right in pairwise(by_offset):
             if left.offset + left.nbytes > right.offset:
-                raise self._error(f"tensors {left.name} and {right.name} overlap")
+                raise FormatError(f"{self._path}: {left.name} and {right.name} overlap")
 
     def _name(self, what: str) -> str:
         try:

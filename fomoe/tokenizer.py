@@ -1,7 +1,7 @@
 """Text <-> token ids, from the keys of a GGUF file.
 
-Owns: vocabulary, special tokens, which ids end a generation, incremental decoding. Encoding is done
-by the `tokenizers` package, built when first needed. Does not know: chat messages, sampling.
+Owns: vocabulary, special tokens, which ids end a generation, incremental decoding. Does not know:
+how text is encoded (encoder.py), chat messages, sampling.
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ from typing import Final
 
 import numpy as np
 import tokenizers
-from tokenizers import AddedToken, Regex, normalizers, pre_tokenizers
-from tokenizers.models import BPE
 
+from fomoe.encoder import SPACE_MARK, build_bpe, build_sentencepiece
 from fomoe.errors import FormatError, RequestError, UnsupportedError
 from fomoe.gguf import GgufFile
 from fomoe.pretokenizers import PRE_TOKENIZERS, PreTokenizer
@@ -42,8 +41,6 @@ _HARMONY_MARKS = frozenset({"<|return|>", "<|call|>"})
 
 _MAX_TOKEN_CHARS = 4096
 
-_SPACE_MARK: Final = "▁"
-
 
 def _byte_of_char() -> dict[str, int]:
     """GPT-2's map of bytes to printable characters, reversed: bytes without one start at U+0100."""
@@ -63,7 +60,6 @@ class Tokenizer:
     def __init__(
         self,
         *,
-        sentencepiece: bool,
         tokens: list[str],
         types: Sequence[int],
         merges: Callable[[], list[str]],
@@ -74,7 +70,6 @@ class Tokenizer:
         add_eos: bool,
         add_space_prefix: bool,
     ) -> None:
-        self._sentencepiece = sentencepiece
         self._tokens, self._types = tokens, list(types)
         self._merges, self._scores, self._pre = merges, scores, pre
         self._ids = ids
@@ -108,7 +103,6 @@ class Tokenizer:
             scores = _numbers(gguf, "scores", len(tokens), None)
         default_bos = sentencepiece or (pre is not None and pre.add_bos)
         return cls(
-            sentencepiece=sentencepiece,
             tokens=tokens,
             types=types.tolist(),
             merges=partial(gguf.strings, "tokenizer.ggml.merges"),
@@ -184,8 +178,8 @@ class Tokenizer:
             return bytes([_byte_token_value(text)])
         if kind != NORMAL:
             return text.encode()
-        if self._sentencepiece:
-            return text.replace(_SPACE_MARK, " ").encode()
+        if self._pre is None:
+            return text.replace(SPACE_MARK, " ").encode()
         try:
             return bytes([_BYTE_OF_CHAR[c] for c in text])
         except KeyError:  # not spelt in bytes: some converters mark added tokens as normal
@@ -220,74 +214,27 @@ class Tokenizer:
 
     @cached_property
     def _encoder(self) -> tokenizers.Tokenizer:
-        encoder = self._build_sentencepiece() if self._sentencepiece else self._build_bpe()
+        if self._pre is not None:
+            encoder = build_bpe(self._id_of_token, self._merges(), self._pre)
+        else:
+            pieces = [
+                (text, score)
+                for text, kind, score in zip(self._tokens, self._types, self._scores, strict=True)
+                if kind in (NORMAL, USER_DEFINED)
+            ]
+            unknown = self._tokens[self.unknown_id or 0]
+            encoder = build_sentencepiece(
+                self._id_of_token, pieces, unknown, space_prefix=self._add_space_prefix
+            )
         # Every token is in the vocabulary already, so these keep their ids.
         encoder.add_tokens(
             [
-                AddedToken(text, special=kind != USER_DEFINED, normalized=False)
+                tokenizers.AddedToken(text, special=kind != USER_DEFINED, normalized=False)
                 for text, kind in zip(self._tokens, self._types, strict=True)
                 if kind in (CONTROL, USER_DEFINED, UNKNOWN) and text
             ]
         )
         return encoder
-
-    def _build_bpe(self) -> tokenizers.Tokenizer:
-        pre = self._pre
-        assert pre is not None
-        # "left right" each, no space within a part: one split for all is the fastest way.
-        lines = self._merges()
-        parts = " ".join(lines).split(" ") if lines else []
-        if len(parts) != 2 * len(lines):
-            raise FormatError("tokenizer.ggml.merges: a merge is not of two parts")
-        del lines
-        merges = list(zip(parts[::2], parts[1::2], strict=True))
-        vocab = self._id_of_token
-        # For a part that is no token the package raises Exception, for such a union it panics.
-        if not all(map(vocab.__contains__, map(str.__add__, parts[::2], parts[1::2]))):
-            raise FormatError("tokenizer.ggml.merges: a merge into what is no token")
-        try:
-            bpe = BPE(vocab, merges, ignore_merges=pre.whole_words)
-        except Exception as error:
-            raise FormatError(f"tokenizer.ggml.merges: {error}") from None
-        encoder = tokenizers.Tokenizer(bpe)
-        if pre.nfc:
-            encoder.normalizer = normalizers.NFC()
-        splits = [pre_tokenizers.Split(Regex(p), "isolated") for p in pre.patterns]
-        to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        encoder.pre_tokenizer = pre_tokenizers.Sequence([*splits, to_bytes])
-        return encoder
-
-    def _build_sentencepiece(self) -> tokenizers.Tokenizer:
-        unknown = self._tokens[self.unknown_id or 0]
-        encoder = tokenizers.Tokenizer(
-            BPE(
-                self._id_of_token,
-                self._merges_of_scores(),
-                unk_token=unknown,
-                fuse_unk=True,
-                byte_fallback=True,
-            )
-        )
-        steps: list[normalizers.Normalizer] = [normalizers.Replace(" ", _SPACE_MARK)]
-        if self._add_space_prefix:
-            steps.insert(0, normalizers.Prepend(_SPACE_MARK))
-        encoder.normalizer = normalizers.Sequence(steps)
-        return encoder
-
-    def _merges_of_scores(self) -> list[tuple[str, str]]:
-        """SentencePiece merges the pair whose union scores best: the same, as a list of merges."""
-        merges: list[tuple[float, int, str, str]] = []
-        vocab = self._id_of_token
-        for id_, (text, kind) in enumerate(zip(self._tokens, self._types, strict=True)):
-            if kind not in (NORMAL, USER_DEFINED):
-                continue
-            score = -self._scores[id_]
-            for cut in range(1, len(text)):
-                left, right = text[:cut], text[cut:]
-                if left in vocab and right in vocab:
-                    merges.append((score, id_, left, right))
-        merges.sort(key=lambda merge: merge[:2])
-        return [(left, right) for _, _, left, right in merges]
 
 
 class IncrementalDecoder:
