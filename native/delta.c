@@ -4,6 +4,7 @@
 
 #define MAX_TAPS 8
 #define CHUNK 64
+#define PREFETCH_ROWS 6
 #define SHORT_SEGMENT 16 /* up to this length, token by token */
 
 /* One thread's working memory. kk, qk, score, minus_a are [CHUNK][CHUNK]; st [V heads of a K head][n][n]; the others

@@ -18,6 +18,7 @@ static void ISA(convolve)(const fomoe_delta *d, const fomoe_delta_segment *seg, 
         for (int j = 0; j < taps; j++)
             sum = vf_fma(vf_load_upto(d->conv_weight + (int64_t)j * conv_dim + ch + i, n - i),
                          vf_load_upto(input[j] + i, n - i), sum);
+        __builtin_prefetch(input[taps - 1] + PREFETCH_ROWS * d->ld_qkv + i); /* rows are pages apart */
         vf_store_upto(y + i, vf_silu(sum), n - i);
     }
 }
@@ -47,12 +48,13 @@ static inline float ISA(row_dot)(const float *a, const float *b, int n)
 }
 
 /* o * RMS weight * silu(z) */
-static void ISA(gated_norm)(const float *o, const float *norm, float eps, const float *z, int n, float *out)
+static void ISA(gated_norm)(const float *o, const float *norm, float eps, const float *z, int64_t ld_z, int n, float *out)
 {
     vf scale = vf_set1(1.0f / sqrtf(row_square_sum(o, n) / (float)n + eps));
     for (int i = 0; i < n; i += VW) {
         vf v = vf_mul(vf_mul(vf_load_upto(o + i, n - i), scale), vf_load_upto(norm + i, n - i));
         vf_store_upto(out + i, vf_mul(v, vf_silu(vf_load_upto(z + i, n - i))), n - i);
+        __builtin_prefetch(z + PREFETCH_ROWS * ld_z + i);
     }
 }
 
@@ -90,7 +92,7 @@ static void ISA(short_segment)(const fomoe_delta *d, const fomoe_delta_segment *
             ISA(convolve)(d, seg, t, (2 * d->k_heads + h) * n, n, w->v);
             ISA(recur)(seg->s + (int64_t)h * n * n, n, w->q, w->k, w->v, expf(log_decay(d, row, h)),
                        write_strength(d, row, h), w->o);
-            ISA(gated_norm)(w->o, d->norm, d->eps, d->z + row * d->ld_z + h * n, n,
+            ISA(gated_norm)(w->o, d->norm, d->eps, d->z + row * d->ld_z + h * n, d->ld_z, n,
                             d->out + row * d->ld_out + (int64_t)h * n);
         }
     }
@@ -178,7 +180,7 @@ static void ISA(long_segment)(const fomoe_delta *d, const fomoe_delta_segment *s
                 ISA(convolve)(d, seg, t0 + t, (2 * d->k_heads + h) * n, n, w->v + t * n);
             ISA(chunk_head)(d, w, row, rows, h, w->st + (int64_t)j * n * n);
             for (int t = 0; t < rows; t++)
-                ISA(gated_norm)(w->o + t * n, d->norm, d->eps, d->z + (row + t) * d->ld_z + h * n, n,
+                ISA(gated_norm)(w->o + t * n, d->norm, d->eps, d->z + (row + t) * d->ld_z + h * n, d->ld_z, n,
                                 d->out + (row + t) * d->ld_out + (int64_t)h * n);
         }
     }
