@@ -85,6 +85,10 @@ async def load(
     gguf = GgufFile.open(path)
     hp = models.describe(gguf)
     tokenizer = Tokenizer.from_gguf(gguf)
+    if tokenizer.vocab_size != hp.vocab_size:
+        raise FormatError(
+            f"{gguf.paths[0]}: {tokenizer.vocab_size} tokens, but {hp.vocab_size} embeddings"
+        )
     await asyncio.to_thread(tokenizer.prepare)  # before the plan, which counts what is resident
     threads = options.threads or host.num_processors()
     shapes = _shapes(gguf, hp)

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import dataclasses
+import struct
 
 import numpy as np
 import pytest
@@ -163,3 +164,20 @@ def test_bad_options_name_themselves(model):
         Engine.open(model, dram="lots")
     with pytest.raises(fomoe.RequestError, match="cache_type"):
         Engine.open(model, cache_type="q8_0")
+
+
+def test_vocabulary_that_does_not_fit_the_embedding(model, tmp_path):
+    data = bytearray(model.read_bytes())
+    for name in (b"token_embd.weight", b"output.weight"):
+        field = struct.pack("<Q", len(name)) + name
+        if field in data:
+            rows = data.index(field) + len(field) + 4 + 8  # behind the number of dimensions, ne[0]
+            data[rows : rows + 8] = struct.pack("<Q", TOY.vocab - 1)
+    path = tmp_path / "model.gguf"
+    path.write_bytes(data)
+
+    async def main():
+        await Engine.open(path, context=256)
+
+    with pytest.raises(fomoe.FormatError, match=rf"{TOY.vocab} tokens, but {TOY.vocab - 1} embed"):
+        run(main())
