@@ -94,7 +94,10 @@ async def load(
     shapes = _shapes(gguf, hp)
     async with AsyncExitStack() as exits:
         drive = await probe_drive(
-            gguf.paths[-1], cache=options.cache_dir, io=options.io, direct=options.direct
+            max(gguf.paths, key=lambda shard: shard.stat().st_size),
+            cache=options.cache_dir,
+            io=options.io,
+            direct=options.direct,
         )
         reader = open_reader(
             gguf.paths,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import random
 import time
@@ -15,11 +16,14 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from fomoe.errors import ReadError
 from fomoe.io.arena import Arena
 from fomoe.io.files import Direct
 from fomoe.io.open import Io, open_reader
 from fomoe.io.queued import ReadOptions
 from fomoe.io.reader import Extent, Reader, ReadRequest
+
+_log = logging.getLogger(__name__)
 
 # Slices of experts are 1 to 4 MB: what is measured is what will be asked.
 REQUEST_BYTES = 2304 << 10
@@ -164,7 +168,7 @@ async def probe_drive(
     """How to read the drive under `path`: as remembered in the folder `cache`, else measured.
 
     None when it cannot be known: reads are buffered (memory would be measured), or the file is
-    small. Errors as of open_reader, OSError when a read fails.
+    small. Errors as of open_reader, ReadError when a read fails.
     """
     reader = open_reader([path], loop=asyncio.get_running_loop(), io=io, direct=direct)
     known = reader.direct and os.stat(path).st_size >= smallest_bytes
@@ -175,7 +179,10 @@ async def probe_drive(
     remembered = _recall(cache, key)
     if remembered is not None:
         return remembered
-    drive = await _measure(path, io, direct, candidates)
+    try:
+        drive = await _measure(path, io, direct, candidates)
+    except OSError as error:
+        raise ReadError(f"measuring the drive: {error}") from error
     _remember(cache, key, drive)
     return drive
 
@@ -243,10 +250,13 @@ def _remember(cache: Path | None, key: str, drive: Drive) -> None:
     if cache is None:
         return
     entries = {**_entries(cache), key: asdict(drive)}
-    cache.mkdir(parents=True, exist_ok=True)
-    written = cache / f"{_CACHE_NAME}.{os.getpid()}"
-    written.write_text(json.dumps(entries, indent=1))
-    written.replace(cache / _CACHE_NAME)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        written = cache / f"{_CACHE_NAME}.{os.getpid()}"
+        written.write_text(json.dumps(entries, indent=1))
+        written.replace(cache / _CACHE_NAME)
+    except OSError as error:
+        _log.warning("%s: the drive will be measured again at the next start", error)
 
 
 def _entries(cache: Path | None) -> dict[str, object]:

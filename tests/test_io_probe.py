@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -80,9 +81,28 @@ def test_a_damaged_memory_is_measured_anew(path: Path, text: str) -> None:
     assert entries[f"{device_name(path)} io_uring"]["depth"] == drive.depth
 
 
+def test_a_folder_that_cannot_be_written_costs_a_warning(
+    path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert run(path, path / "below a file") is not None
+    (record,) = caplog.records
+    assert "measured again at the next start" in record.getMessage()
+
+
 def test_what_cannot_be_known_is_not_guessed(path: Path) -> None:
     assert run(path, path.parent, direct="off") is None
     assert asyncio.run(probe_drive(path, cache=None)) is None, "a small file"
     assert not (path.parent / "drives.json").exists()
     with pytest.raises(ReadError):
         run(path.parent / "absent", None)
+
+
+def test_a_drive_that_fails_is_said_to(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def failing(*_: Any, **__: Any) -> probe.ReadRate:
+        raise OSError(5, "reading at offset 0: Input/output error", str(path))
+
+    monkeypatch.setattr(probe, "measure_reads", failing)
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(ReadError, match=r"measuring the drive.*Input/output error"):
+        run(path, None)
+    assert len(os.listdir("/proc/self/fd")) == before

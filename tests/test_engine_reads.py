@@ -1,0 +1,91 @@
+"""The engine and its reads: the text does not depend on when bytes land, or from which drive."""
+
+import asyncio
+import dataclasses
+import shutil
+from functools import partial
+
+import pytest
+from faulty_reader import FaultyReader
+from toy import K_TOY, write_toy
+
+import fomoe
+from fomoe import Engine, Sampling
+from fomoe.io.open import open_reader
+from fomoe.io.probe import probe_drive
+
+TOY = dataclasses.replace(K_TOY, layers=3, experts=16, top_k=4)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_toy(tmp_path_factory.mktemp("toy") / "toy.gguf", TOY)
+
+
+def run(main):
+    return asyncio.run(asyncio.wait_for(main, 60))
+
+
+async def text_of(engine, n=16):
+    greedy = Sampling(temperature=0.0)
+    tokens = engine.generate("the thing on ", max_tokens=n, sampling=greedy, ignore_eos=True)
+    return [token.id async for token in tokens]
+
+
+async def minimum(model):
+    """The least budget that works, as the refusal names it."""
+    with pytest.raises(fomoe.BudgetError) as refusal:
+        await Engine.open(model, dram=1 << 20, context=256, ubatch=64)
+    return int(str(refusal.value).split("needs ")[1].split(" MiB")[0]) << 20
+
+
+@pytest.mark.parametrize("io", ["threads", "uring"])
+def test_text_does_not_depend_on_when_reads_land(model, io, monkeypatch):
+    seeds = iter(range(100))
+
+    def late(*args, **options):
+        return FaultyReader(open_reader(*args, **options), next(seeds), max_delay_s=0.003)
+
+    async def main():
+        dram = await minimum(model)
+        async with Engine.open(model, dram=dram, context=256, ubatch=64, io=io) as engine:
+            prompt = await text_of(engine)
+        monkeypatch.setattr("fomoe.loading.open_reader", late)
+        texts = []
+        for budget in (dram, dram + (2 << 20)):
+            async with Engine.open(model, dram=budget, context=256, ubatch=64, io=io) as engine:
+                texts.append(await text_of(engine))
+        return prompt, texts
+
+    expected, texts = run(main())
+    assert texts == [expected] * 2
+
+
+def test_copies_on_other_drives_are_read_too(model, tmp_path):
+    shutil.copy(model, tmp_path)
+
+    async def main():
+        texts = []
+        dram = await minimum(model)
+        for replicas in ((), (tmp_path,)):
+            async with Engine.open(
+                model, dram=dram, context=256, ubatch=64, replicas=replicas
+            ) as engine:
+                texts.append(await text_of(engine))
+                described = engine.loaded.reader.describe()
+        return texts, described
+
+    (alone, shared), described = run(main())
+    assert alone == shared
+    assert f"{tmp_path}: " in described
+
+
+def test_how_a_drive_is_read_best_is_remembered(model, tmp_path, monkeypatch):
+    monkeypatch.setattr("fomoe.loading.probe_drive", partial(probe_drive, smallest_bytes=0))
+
+    async def main():
+        async with Engine.open(model, context=256, cache_dir=tmp_path / "cache") as engine:
+            return engine.loaded.reader.direct, await text_of(engine, n=2)
+
+    direct, _ = run(main())
+    assert direct == (tmp_path / "cache" / "drives.json").exists()
