@@ -171,10 +171,7 @@ def test_car_reads_less_and_backfill_less_still() -> None:
     exact = replay_car(trace, "lfu", 7, DRIVE, CarOptions(), 0.0)
     plain = replay_car(trace, "lfu", 7, DRIVE, ratio, 0.0)
     filled = replay_car(trace, "lfu", 7, DRIVE, ratio, 5e-3)
-    cold = make_trace(300)
-    cold.ids, cold.logits = cold.ids[10:], cold.logits[10:] if cold.logits is not None else None
-    cold.prompt = np.zeros(290, np.bool_)
-    (replayed,) = replay(cold, "lfu", [7], DRIVE)
+    (replayed,) = replay(trace.decode_only(), "lfu", [7], DRIVE)
     assert exact.demand_reads == replayed.reads
     assert plain.miss_rate < exact.miss_rate
     assert filled.stats.substitutions < plain.stats.substitutions
@@ -216,7 +213,7 @@ def test_command_line(tmp_path: Path) -> None:
     path = tmp_path / "own.routes"
     write_recording(path, make_trace(60))
     for arguments, expected in (
-        (["--policy", "lfu,mass", "--ahead", "1"], ["belady", "million picks"]),
+        (["--policy", "lfu,mass", "--ahead", "1", "--cold"], ["belady", "million picks"]),
         (["--policy", "lfu", "--car", "off", "--car", "ratio:0.5"], ["ratio:0.5"]),
     ):
         command = [sys.executable, str(SIMULATE), str(path), "--capacity", "25%,12", *arguments]

@@ -7,8 +7,9 @@ know: caches and policies.
 from __future__ import annotations
 
 import csv
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -39,6 +40,22 @@ class Trace:
     @property
     def top_k(self) -> int:
         return int(self.ids.shape[2])
+
+    def decode_only(self) -> Trace:
+        """The same without the tokens of prompts."""
+        kept = ~self.prompt
+
+        def select(rows: Any) -> Any:
+            return None if rows is None else rows[kept]
+
+        return replace(
+            self,
+            ids=self.ids[kept],
+            prompt=self.prompt[kept],
+            weights=select(self.weights),
+            predicted=select(self.predicted),
+            logits=select(self.logits),
+        )
 
 
 def load_trace(path: Path) -> Trace:
