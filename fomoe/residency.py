@@ -127,7 +127,7 @@ class Residency:
             self._recorder.layer(layer, routing.ids, routing.weights, routing.logits)
         if self.uses is not None:
             np.add.at(self.uses[layer], routing.ids.ravel(), 1.0)
-        self._store.note_uses(layer, routing.ids, routing.logits)
+        self._store.note_uses(layer, routing.ids, prompt=not self._decode)
         prediction = self._predictions.pop(layer, None)
         if prediction:
             self._judge(layer, prediction, set(routing.ids.ravel().tolist()))

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fomoe.errors import RequestError
-from fomoe.experts.cache import ExpertCache, make_policy, prompt_amounts
+from fomoe.experts.cache import ExpertCache, make_policy
 
-POLICIES = ["lru", "lfu", "lfru", "mass", "lfu:16"]
+POLICIES = ["lru", "lfu", "lfru", "lfu:16"]
 
 
 def filled(policy: str, num_experts: int = 8, capacity: int = 4) -> ExpertCache:
@@ -120,17 +120,6 @@ def test_lfru_weighs_age_by_uses() -> None:
     assert cache.victim([2, 3]) == 0
 
 
-def test_a_prompt_counts_less_than_its_answer() -> None:
-    assert prompt_amounts(np.array([1, 4, 100])).tolist() == [0.5, 1.0, 5.0]
-
-
-def test_mass_counts_probabilities_of_the_unpicked() -> None:
-    cache = filled("mass")
-    cache.observe(np.array([0.1, 0.2, 0.3, 0.05, 0.35, 0, 0, 0], np.float32), 0)
-    cache.touch([4], 0)
-    assert cache.victims(4) == [3, 0, 1, 2]
-
-
 def test_lfu_is_a_sum_of_halving_uses_however_long_it_runs() -> None:
     rng = np.random.default_rng(0)
     policy = make_policy("lfu:2", 8)
@@ -143,12 +132,11 @@ def test_lfu_is_a_sum_of_halving_uses_however_long_it_runs() -> None:
         assert (np.argsort(policy.scores(clock)) == np.argsort(plain)).all()
 
 
-@pytest.mark.parametrize("policy", ["lfu:1", "lfru:1", "mass:1"])
+@pytest.mark.parametrize("policy", ["lfu:1", "lfru:1"])
 def test_sums_stay_finite_for_ever(policy: str) -> None:
     cache = filled(policy)
     for clock in [0, 500, 1023, 1024, 5_000, 10_000_000]:
         cache.touch([clock % 3], clock)
-        cache.observe(np.full(8, 0.125), clock)
         assert np.isfinite(cache.policy.scores(clock)).all()
     assert cache.victim() is not None
 

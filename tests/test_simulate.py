@@ -15,8 +15,8 @@ from replay import Drive, make_any, replay
 from routings import Trace, load_trace
 from standins import replay_car
 
-from fomoe.errors import FormatError
-from fomoe.experts.cache import PROMPT_TICKS, ExpertCache, make_policy, prompt_amounts
+from fomoe.errors import FormatError, RequestError
+from fomoe.experts.cache import PROMPT_AMOUNT, ExpertCache, make_policy
 from fomoe.experts.car import CarOptions
 from fomoe.experts.routes import DECODE, PROMPT, RouteShape, RouteWriter
 
@@ -76,14 +76,14 @@ def one_by_one(trace: Trace, spec: str, slots: int) -> tuple[int, int]:
         prompt = trace.ids[trace.prompt, layer]
         counts = np.bincount(prompt.ravel(), minlength=trace.experts)
         used = np.flatnonzero(counts)
-        cache.touch(used, min(len(prompt), PROMPT_TICKS), prompt_amounts(counts[used]))
+        cache.touch(used, 0, counts[used] * PROMPT_AMOUNT)
         if len(prompt):
             for expert in used.tolist():
                 cache.admit(expert, 0)
             for expert in cache.victims(len(cache) - slots) if len(cache) > slots else []:
                 cache.evict(expert)
         for step, ids in enumerate(trace.ids[~trace.prompt, layer]):
-            cache.touch(ids, min(len(prompt), PROMPT_TICKS) + step + 1)
+            cache.touch(ids, len(prompt) + step)
             picks += len(ids)
             hits += int(cache.resident[ids].sum())
             for expert in [e for e in ids.tolist() if not cache.resident[e]]:
@@ -137,6 +137,23 @@ def test_no_policy_beats_belady(spec: str) -> None:
     for outcome, best in zip(replay(trace, spec, [5, 10, EXPERTS], DRIVE), bound, strict=True):
         assert 0 < outcome.hits <= best.hits
     assert outcome.hits == best.hits  # with room for all
+
+
+def test_mass_counts_probabilities_of_the_unpicked() -> None:
+    logits = np.array([[0, 5, 0], [5, 4.9, 0], [0, 0, 5], [0, 5, 0]], np.float16)
+    trace = Trace(
+        name="t",
+        experts=3,
+        ids=np.array([1, 0, 2, 1], np.int32).reshape(4, 1, 1),
+        prompt=np.zeros(4, np.bool_),
+        logits=logits[:, None],
+    )
+    # For 2 the later pick 0 leaves, as 1 was nearly picked with it.
+    assert replay(trace, "mass", [2], DRIVE)[0].hits == 1
+    assert replay(trace, "lru", [2], DRIVE)[0].hits == 0
+    trace.logits = None
+    with pytest.raises(RequestError, match="no router logits"):
+        make_any("mass", trace)
 
 
 def test_least_stale_is_first_in_first_out() -> None:

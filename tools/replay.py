@@ -14,7 +14,8 @@ import numpy as np
 import numpy.typing as npt
 from routings import Trace
 
-from fomoe.experts.cache import PROMPT_TICKS, Amounts, Ids, Policy, make_policy, prompt_amounts
+from fomoe.errors import RequestError
+from fomoe.experts.cache import PROMPT_AMOUNT, Amounts, Ids, Policy, make_policy
 
 F64Array = npt.NDArray[np.float64]
 BoolArray = npt.NDArray[np.bool_]
@@ -71,7 +72,6 @@ class Belady:
     """Keeps what is used again soonest: the bound for any policy, for it knows the trace."""
 
     name = "belady"
-    wants_probabilities = False
 
     def __init__(self, trace: Trace) -> None:
         upcoming = np.full(trace.layers * trace.experts, np.inf)
@@ -85,9 +85,6 @@ class Belady:
     def touch(self, things: Ids, clock: int, amount: Amounts = 1.0) -> None:
         self._scores[things] = -self._next.pop()
 
-    def observe(self, probabilities: npt.NDArray[np.floating], clock: int) -> None:
-        pass
-
     def scores(self, clock: int) -> F64Array:
         return self._scores
 
@@ -97,15 +94,11 @@ class LeastStale:
     its other half, that layers already passed leave first, built in."""
 
     name = "least-stale"
-    wants_probabilities = False
 
     def __init__(self, size: int) -> None:
         self._scores = np.zeros(size)
 
     def touch(self, things: Ids, clock: int, amount: Amounts = 1.0) -> None:
-        pass
-
-    def observe(self, probabilities: npt.NDArray[np.floating], clock: int) -> None:
         pass
 
     def admitted(self, things: npt.NDArray[np.integer], clock: int) -> None:
@@ -115,12 +108,40 @@ class LeastStale:
         return self._scores
 
 
+class RouterMass:
+    """The smallest decayed sum of router probability leaves: every expert's probability counts, not
+    only the picked ones'."""
+
+    name = "mass"
+
+    def __init__(self, size: int, half_life: float) -> None:
+        self._mass = np.zeros(size)
+        self._half_life = half_life
+        self._clock = 0
+
+    def touch(self, things: Ids, clock: int, amount: Amounts = 1.0) -> None:
+        pass
+
+    def observe(self, probabilities: npt.NDArray[np.floating], clock: int) -> None:
+        self._mass *= 0.5 ** ((clock - self._clock) / self._half_life)
+        self._mass += probabilities
+        self._clock = clock
+
+    def scores(self, clock: int) -> F64Array:
+        return self._mass
+
+
 def make_any(spec: str, trace: Trace) -> Policy:
-    """One of the engine's policies, or one that only the simulator has. Raises RequestError."""
+    """One of the engine's policies, or "mass", "least-stale" or "belady", which only the simulator
+    has. Raises RequestError."""
     if spec == "belady":
         return Belady(trace)
     if spec == "least-stale":
         return LeastStale(trace.layers * trace.experts)
+    if spec.partition(":")[0] == "mass":
+        if trace.logits is None:
+            raise RequestError(f"{trace.name} holds no router logits, which {spec!r} needs")
+        return RouterMass(trace.layers * trace.experts, float(spec.partition(":")[2] or 32))
     return make_policy(spec, trace.layers * trace.experts)
 
 
@@ -141,8 +162,8 @@ def replay(
     assert min(slots) >= trace.top_k, "a pool holds at least the picks of one event"
     outcomes = []
     # A policy whose scores depend on who is resident serves one capacity at a time.
-    shared = not hasattr(make_any(spec, trace), "admitted")
-    for group in [slots] if shared else [[number] for number in slots]:
+    alone = spec == "least-stale"
+    for group in [[number] for number in slots] if alone else [slots]:
         pools = _Pools(trace, make_any(spec, trace), group)
         for event in _events(trace):
             pools.step(event, drive, ahead, protect)
@@ -156,7 +177,7 @@ class _Event:
 
     tokens: slice
     things: npt.NDArray[np.integer]  # distinct layer * experts + expert
-    amount: float | F64Array
+    amount: Amounts
     clock: int
     decode: bool
 
@@ -170,8 +191,8 @@ def _events(trace: Trace) -> Iterator[_Event]:
             things = (base + trace.ids[token]).ravel()
             if not whole[token]:
                 things = things[(trace.ids[token] >= 0).ravel()]
-            clock += 1
             yield _Event(slice(token, token + 1), things, 1.0, clock, True)
+            clock += 1
             token += 1
             continue
         end = token + 1
@@ -180,8 +201,8 @@ def _events(trace: Trace) -> Iterator[_Event]:
         picks = trace.ids[token:end]
         counts = np.bincount((base + picks)[picks >= 0], minlength=trace.layers * trace.experts)
         things = np.flatnonzero(counts)
-        clock += min(end - token, PROMPT_TICKS)
-        yield _Event(slice(token, end), things, prompt_amounts(counts[things]), clock, False)
+        yield _Event(slice(token, end), things, counts[things] * PROMPT_AMOUNT, clock, False)
+        clock += end - token
         token = end
 
 
@@ -201,11 +222,11 @@ class _Pools:
         read_ahead = None
         if ahead and event.decode:
             read_ahead = self._read_ahead(event, ahead, protect)
-        if policy.wants_probabilities and trace.logits is not None:
-            policy.observe(_probabilities(trace.logits[event.tokens]), event.clock)
+        if isinstance(policy, RouterMass):
+            policy.observe(_probabilities(trace, event), event.clock)
         hit: BoolArray = self._flat[:, event.things]
         policy.touch(event.things, event.clock, event.amount)
-        if hasattr(policy, "admitted"):
+        if isinstance(policy, LeastStale):
             policy.admitted(event.things[np.logical_not(hit[0])], event.clock)
         self._flat[:, event.things] = True
         self._shrink(event.clock, event.things if event.decode else None)
@@ -248,7 +269,7 @@ class _Pools:
         if protect:
             layer, rank = np.nonzero(predicted >= 0)
             spared[:, layer, predicted[layer, rank]] = True
-        self._shrink(event.clock - 1, spared)
+        self._shrink(event.clock, spared)
         return admitted
 
     def _shrink(self, clock: int, spared: npt.NDArray[np.integer] | BoolArray | None) -> None:
@@ -278,10 +299,10 @@ class _Pools:
             rows = rows[excess[rows] > left]
 
 
-def _probabilities(logits: npt.NDArray[np.floating]) -> F64Array:
-    """Softmax per layer, flat; of a chunk the sum over its tokens, damped as its counts are."""
-    z = logits.astype(np.float64)
+def _probabilities(trace: Trace, event: _Event) -> F64Array:
+    """The router's softmax of each layer, flat; of a prompt chunk the sum, as its picks count."""
+    assert trace.logits is not None
+    z = trace.logits[event.tokens].astype(np.float64)
     p = np.exp(z - z.max(axis=2, keepdims=True))
-    p /= p.sum(axis=2, keepdims=True)
-    flat: F64Array = p.sum(axis=0).ravel()
-    return flat if len(logits) == 1 else 0.5 * np.sqrt(flat)
+    flat: F64Array = (p / p.sum(axis=2, keepdims=True)).sum(axis=0).ravel()
+    return flat if event.decode else flat * PROMPT_AMOUNT

@@ -19,7 +19,10 @@ F64Array = npt.NDArray[np.float64]
 Ids = Sequence[int] | npt.NDArray[np.integer]
 Amounts = float | npt.NDArray[np.floating]
 
-PROMPT_TICKS = 32  # by how much a prompt chunk advances the clock, at most
+# What a pick by a token of a prompt counts beside one of its answer. A prompt tells what its answer
+# will use, but less surely: at 1 the first 32 tokens of three recordings had 1 to 6 points fewer
+# hits than at 1/16, which was within 0.2 points of the best (tools/studies/residency.md).
+PROMPT_AMOUNT = 1 / 16
 _RESCALE = 512.0  # half-lives after which growing scores are scaled back; float64 holds 1,023
 
 
@@ -32,54 +35,40 @@ class Policy(Protocol):
     """
 
     name: str
-    wants_probabilities: bool  # observe() must be called with every token's full router row
 
     def touch(self, things: Ids, clock: int, amount: Amounts = 1.0) -> None:
         """The distinct things that one event used; `amount` weighs each (how many tokens of a batch
         picked it, say). `clock` counts tokens and never goes back."""
 
-    def observe(self, probabilities: npt.NDArray[np.floating], clock: int) -> None:
-        """The router's probability of every thing ([size]) for one token."""
-
     def scores(self, clock: int) -> F64Array:
         """[size], the lowest leaves first. May be the policy's own array: not to be written to."""
 
 
-class _Base:
-    """What a policy need not care about, it inherits."""
-
-    wants_probabilities = False
-
-    def __init__(self, size: int) -> None:
-        self._scores: F64Array = np.zeros(size)
-
-    def observe(self, probabilities: npt.NDArray[np.floating], clock: int) -> None:
-        pass
-
-    def scores(self, clock: int) -> F64Array:
-        return self._scores
-
-
-class Lru(_Base):
+class Lru:
     """The least recently used one leaves."""
 
     name = "lru"
 
+    def __init__(self, size: int) -> None:
+        self._last = np.full(size, -1.0)
+
     def touch(self, things: Ids, clock: int, amount: Amounts = 1.0) -> None:
-        self._scores[things] = clock + 1
+        self._last[things] = clock
+
+    def scores(self, clock: int) -> F64Array:
+        return self._last
 
 
-class Lfru(_Base):
+class Lfru:
     """The largest age ** (1/4) / (1 + uses) leaves, uses halving every `half_life` tokens.
 
     2608.07911 has age itself and uses that never age; on recorded decode of four models that was
-    0.1 to 1.5 points of hit rate worse (tools/studies/residency.md).
+    0.5 to 1.7 points of hit rate worse (tools/studies/residency.md).
     """
 
     name = "lfru"
 
     def __init__(self, size: int, half_life: float = 48.0) -> None:
-        super().__init__(size)
         self._uses = _Decayed(size, half_life)
         self._last = np.full(size, -1.0)
 
@@ -92,7 +81,7 @@ class Lfru(_Base):
         return -damped_age / (1.0 + self._uses.values(clock))
 
 
-class Lfu(_Base):
+class Lfu:
     """The smallest count of uses leaves, counts halving every `half_life` tokens.
 
     The decay is smooth (LRFU, Lee et al. 2001) rather than stepped: equal counts are then told
@@ -102,7 +91,6 @@ class Lfu(_Base):
     name = "lfu"
 
     def __init__(self, size: int, half_life: float = 32.0) -> None:
-        super().__init__(size)
         self._uses = _Decayed(size, half_life)
 
     def touch(self, things: Ids, clock: int, amount: Amounts = 1.0) -> None:
@@ -110,28 +98,6 @@ class Lfu(_Base):
 
     def scores(self, clock: int) -> F64Array:
         return self._uses.scaled
-
-
-class RouterMass(_Base):
-    """The smallest decayed sum of router probability leaves; every expert's probability counts, not
-    only the picked ones'. Without observe() it scores by the amounts of touch()."""
-
-    name = "mass"
-    wants_probabilities = True
-
-    def __init__(self, size: int, half_life: float = 128.0) -> None:
-        super().__init__(size)
-        self._mass = _Decayed(size, half_life)
-
-    def touch(self, things: Ids, clock: int, amount: Amounts = 1.0) -> None:
-        # A pick that observe() has not counted still marks its expert as alive.
-        self._mass.add(things, clock, 1e-6)
-
-    def observe(self, probabilities: npt.NDArray[np.floating], clock: int) -> None:
-        self._mass.add(slice(None), clock, probabilities)
-
-    def scores(self, clock: int) -> F64Array:
-        return self._mass.scaled
 
 
 class _Decayed:
@@ -150,7 +116,7 @@ class _Decayed:
             exponent = 0.0
         return float(2.0**exponent)
 
-    def add(self, things: Ids | slice, clock: int, amount: Amounts) -> None:
+    def add(self, things: Ids, clock: int, amount: Amounts) -> None:
         unit = self._unit(clock)  # first: it may rescale what is added to
         self.scaled[things] += amount * unit
 
@@ -158,13 +124,13 @@ class _Decayed:
         return self.scaled / self._unit(clock)
 
 
-_POLICIES = {p.name: p for p in (Lru, Lfru, Lfu, RouterMass)}
-_WITH_HALF_LIFE = (Lfru, Lfu, RouterMass)
+_POLICIES = {p.name: p for p in (Lru, Lfru, Lfu)}
+_WITH_HALF_LIFE = (Lfru, Lfu)
 
 
 def make_policy(spec: str, size: int) -> Policy:
-    """A policy by name: lru, lfu, lfru or mass; the last three take a half-life
-    in tokens, as in "lfu:64". Raises RequestError."""
+    """A policy by name: lru, lfu or lfru; the last two take a half-life in tokens, as in "lfu:64".
+    Raises RequestError."""
     name, _, argument = spec.partition(":")
     kind = _POLICIES.get(name)
     if kind is None:
@@ -180,17 +146,6 @@ def make_policy(spec: str, size: int) -> Policy:
     if not 0.0 < half_life < 1e9:
         raise RequestError(f"cache policy {spec!r}: the half-life is a positive number of tokens")
     return kind(size, half_life)
-
-
-def prompt_amounts(counts: npt.NDArray[np.integer]) -> F64Array:
-    """What to touch the experts of a prompt chunk with, given how many of its tokens picked each.
-
-    A prompt says what its answer will use, but less than the answer's own tokens do. Half the root
-    of the count was best or within 0.2 points of it on three models; counts as they are took up to
-    3 points off the first 32 tokens' hit rate (tools/studies/residency.md).
-    """
-    amounts: F64Array = 0.5 * np.sqrt(counts)
-    return amounts
 
 
 class ExpertCache:
@@ -227,11 +182,6 @@ class ExpertCache:
         """One event: the distinct experts that it uses, resident or not. `clock` counts tokens."""
         self._clock = clock
         self.policy.touch(experts, clock, amount)
-
-    def observe(self, probabilities: npt.NDArray[np.floating], clock: int) -> None:
-        """The router's probability of every expert for one token, where the policy wants it."""
-        self._clock = clock
-        self.policy.observe(probabilities, clock)
 
     def admit(self, expert: int, slot: int) -> None:
         """The expert's bytes are in `slot`, or being read into it."""

@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fomoe.errors import ReadError
-from fomoe.experts.cache import ExpertCache
+from fomoe.experts.cache import PROMPT_AMOUNT, ExpertCache
 from fomoe.experts.layout import ExpertLayout
 from fomoe.experts.slots import SlotPool
 from fomoe.io.reader import Priority, Reader, ReadRequest
@@ -105,19 +105,15 @@ class ExpertStore:
         self._landing = asyncio.Event()
         self.clock = 0  # tokens seen; the time by which uses age
 
-    def note_uses(
-        self, layer: int, ids: npt.NDArray[np.int32], logits: npt.NDArray[np.float32]
-    ) -> None:
-        """The router of a layer picked ids [T, k], its logits being [T, experts]: one event."""
+    def note_uses(self, layer: int, ids: npt.NDArray[np.int32], *, prompt: bool) -> None:
+        """The router of a layer picked ids [T, k] for tokens of prompts, or generated ones: one
+        event."""
         cache = self._layers[layer].cache
-        if cache.policy.wants_probabilities:
-            e = np.exp(logits - logits.max(axis=1, keepdims=True))
-            cache.observe((e / e.sum(axis=1, keepdims=True)).sum(axis=0), self.clock)
-        if len(ids) == 1:
+        if len(ids) == 1 and not prompt:
             cache.touch(ids[0], self.clock)
         else:
             experts, counts = np.unique(ids, return_counts=True)
-            cache.touch(experts, self.clock, counts.astype(np.float64))
+            cache.touch(experts, self.clock, counts * (PROMPT_AMOUNT if prompt else 1.0))
 
     def available(self, layer: int, *, in_flight: bool = True) -> npt.NDArray[np.bool_]:
         """Experts whose use would not stall, bool [experts]: ready, or (`in_flight`) being read and
