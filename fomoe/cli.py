@@ -19,6 +19,7 @@ from fomoe.errors import FomoeError
 # Commands are imported when they run, so that `fomoe --help` stays instant.
 _COMMANDS = {
     "generate": ("fomoe.commands.generate", "continue a prompt"),
+    "perplexity": ("fomoe.commands.perplexity", "score a text, and compare with exact routing"),
     "bench": ("fomoe.commands.bench", "measure tokens per second, as llama-bench does"),
 }
 

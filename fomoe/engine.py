@@ -110,6 +110,11 @@ class Engine:
         return self._loaded.plan
 
     @property
+    def options(self) -> EngineOptions:
+        """The options that the engine was opened with."""
+        return self._options
+
+    @property
     def tokenizer(self) -> Tokenizer:
         return self._loaded.tokenizer
 
@@ -171,19 +176,21 @@ class Engine:
         """
         return np.concatenate([part async for part in self.logit_rows(tokens)])
 
-    async def logit_rows(self, tokens: AnySequence[int]) -> AsyncIterator[npt.NDArray[np.float32]]:
-        """The rows of logits(), step by step, for texts whose logits do not fit into memory at
-        once.
+    async def logit_rows(
+        self, tokens: AnySequence[int], *, first: int = 0, stepwise: bool = False
+    ) -> AsyncIterator[npt.NDArray[np.float32]]:
+        """The rows of logits() from row `first` on, step by step, for texts whose logits do not fit
+        into memory at once. `stepwise` computes token by token, as generation does (with CAR).
         """
         ids = self._encode(tokens)
         self._check_room(len(ids))
-        sequence = Sequence(ids, sampler=None)
+        sequence = Sequence(ids, sampler=None, logits_from=first, stepwise=stepwise)
         self._submit(sequence)
         try:
             while True:
                 output = await sequence.next_output()
-                assert output.logits is not None
-                yield output.logits
+                if output.logits is not None:
+                    yield output.logits
                 if output.last:
                     return
         finally:
@@ -226,6 +233,7 @@ class Engine:
         reader = self._loaded.reader.stats
         self._stats.read_retries = reader.retries
         self._stats.short_reads = reader.short_reads
+        self._stats.residency = self._loaded.residency.stats
         handover = self._loaded.store.stats.handover_ns
         self._stats.landed_to_compute_us = statistics.median(handover) / 1e3 if handover else None
         return self._stats

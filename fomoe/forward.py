@@ -210,10 +210,13 @@ class Forward:
 
     async def _logits(self, chunk: Chunk, x: Any, start: int) -> Logits:
         if chunk.sequence.wants_all_logits:
-            rows = range(start, start + chunk.length)
+            skipped = max(chunk.sequence.logits_from - chunk.start, 0)
+            rows = range(start + skipped, start + chunk.length)
         elif chunk.completes:
             rows = range(start + chunk.length - 1, start + chunk.length)
         else:
+            return None
+        if not rows:
             return None
         parts = []
         for i in range(rows.start, rows.stop, HEAD_ROWS):

@@ -88,7 +88,7 @@ class Residency:
 
     @property
     def stats(self) -> ResidencyStats:
-        backfill = self._backfill.stats if self._backfill else BackfillStats()
+        backfill = BackfillStats() if self._backfill is None else self._backfill.stats
         return ResidencyStats(self._car.stats, backfill, self._prefetcher.stats, self._recall)
 
     def begin_step(self, chunks: Sequence[Chunk]) -> None:

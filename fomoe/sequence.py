@@ -29,10 +29,10 @@ class Output:
 
 class Sequence:
     """One request. With a sampler it is continued by up to `max_tokens` tokens, or until one of
-    `stop_ids`; without one, the logits of all its tokens are wanted and it ends. `stepwise`
-    computes a given text token by token, as if it were being generated. One that is `fed` is
-    continued by whoever has it, by up to `max_tokens`; the logits of the last token it was given
-    are wanted. `number` tells sequences apart.
+    `stop_ids`; without one, the logits of its tokens from `logits_from` on are wanted and it ends.
+    `stepwise` computes a given text token by token, as if it were being generated. One that is
+    `fed` is continued by whoever has it, by up to `max_tokens`; the logits of the last token it was
+    given are wanted. `number` tells sequences apart.
     """
 
     def __init__(
@@ -43,6 +43,7 @@ class Sequence:
         max_tokens: int = 0,
         stop_ids: frozenset[int] = frozenset(),
         stepwise: bool = False,
+        logits_from: int = 0,
         fed: bool = False,
         number: int = 0,
     ) -> None:
@@ -52,6 +53,7 @@ class Sequence:
         self.max_total = self.num_prompt + max_tokens
         self.stop_ids = stop_ids
         self.stepwise = stepwise
+        self.logits_from = logits_from
         self.number = number
         self.sampler = sampler
         self.fed = fed

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fomoe.config import format_size
+from fomoe.residency import ResidencyStats
 
 
 @dataclass(slots=True)
@@ -62,17 +63,54 @@ class Stats:
     read_retries: int = 0
     short_reads: int = 0
     landed_to_compute_us: float | None = None  # median, from a read's landing to its compute
+    residency: ResidencyStats | None = None  # what the policies did
 
     def to_dict(self) -> dict[str, Any]:
         result = dataclasses.asdict(self)
         return result | {"prompt": self.prompt.to_dict(), "generation": self.generation.to_dict()}
 
     def lines(self) -> list[str]:
-        """The figures as text, one line a phase."""
-        return [
-            _phase("prompt", self.prompt),
-            _phase("generation", self.generation),
-        ]
+        """The figures as text, one line a phase, then what the policies did."""
+        result = [_phase("prompt", self.prompt), _phase("generation", self.generation)]
+        if self.residency:
+            result += _prefetch_lines(self.residency)
+            result += _car_lines(self.residency)
+        return result
+
+
+def _prefetch_lines(stats: ResidencyStats) -> list[str]:
+    lines = []
+    recall, prefetch = stats.recall, stats.prefetch
+    if recall.picks:
+        misses = "no misses"
+        if recall.misses:
+            misses = f"{100 * recall.misses_foreseen_at_k / recall.misses:.1f} % of the misses"
+        at_k = 100 * recall.foreseen_at_k / recall.picks
+        lines.append(f"prediction  {at_k:.1f} % of the picks foreseen, {misses}")
+    if prefetch.issued:
+        lines.append(
+            f"prefetch    {prefetch.issued} experts read ahead, {prefetch.useful} used,"
+            f" {prefetch.wasted} in vain; switched off {prefetch.switched_off} times"
+        )
+    return lines
+
+
+def _car_lines(stats: ResidencyStats) -> list[str]:
+    car, backfill = stats.car, stats.backfill
+    if not car.picks:
+        return []
+    lines = [
+        f"CAR         {100 * car.substitutions / car.picks:.1f} % of the picks substituted,"
+        f" {100 * car.moved_mass / car.token_layers:.2f} % of the weight moved,"
+        f" {car.reads_avoided} reads avoided, {backfill.taken} backfilled"
+    ]
+    if car.audits:
+        lines.append(
+            f"CAR audit   {car.audits} tokens: KL divergence {car.audit_kl / car.audits:.5f} nats"
+            f" in the mean, {car.audit_kl_max:.5f} at most;"
+            f" {100 * car.audit_agreements / car.audits:.1f} % the same first choice"
+        )
+    return lines
 
 
 def _phase(name: str, phase: PhaseStats) -> str:

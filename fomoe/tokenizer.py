@@ -73,7 +73,7 @@ class Tokenizer:
         self._tokens, self._types = tokens, list(types)
         self._merges, self._scores, self._pre = merges, scores, pre
         self._ids = ids
-        self._add_bos, self._add_eos, self._add_space_prefix = add_bos, add_eos, add_space_prefix
+        self.adds_bos, self._add_eos, self._add_space_prefix = add_bos, add_eos, add_space_prefix
         self._lock = threading.Lock()
         self.bos_id, self.eos_id = ids.get("bos"), ids.get("eos")
         self.pad_id, self.unknown_id = ids.get("padding"), ids.get("unknown")
@@ -153,7 +153,7 @@ class Tokenizer:
                 ids: list[int] = self._encoder.encode(text, add_special_tokens=False).ids
             except (UnicodeEncodeError, TypeError):
                 raise RequestError("the text holds lone surrogates: it is not Unicode") from None
-        if add_special and self._add_bos and self.bos_id is not None and ids[:1] != [self.bos_id]:
+        if add_special and self.adds_bos and self.bos_id is not None and ids[:1] != [self.bos_id]:
             ids.insert(0, self.bos_id)
         if add_special and self._add_eos and self.eos_id is not None:
             ids.append(self.eos_id)
