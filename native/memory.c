@@ -12,7 +12,8 @@
 int64_t fomoe_memory_map(int64_t bytes)
 {
     /* Python's mmap.mmap(-1, n) is a shared mapping, which gets no huge pages. */
-    char *p = mmap(NULL, bytes + HUGE_PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+    char *p = mmap(NULL, bytes + HUGE_PAGE, PROT_READ | PROT_WRITE, flags, -1, 0);
     if (p == MAP_FAILED)
         return -errno;
     int64_t before = (HUGE_PAGE - (intptr_t)p % HUGE_PAGE) % HUGE_PAGE;
