@@ -49,12 +49,10 @@ static void prepare_256(const fomoe_act *act, int token, const float *x)
     fomoe_quantize_fn quantize = quantize_of_isa();
     for (int b = 0; b < act->cols / 256; b++) {
         int16_t *sum32 = (int16_t *)a.sum32 + 8 * b, *sum16 = (int16_t *)a.sum16 + 16 * b;
-        int32_t *minus32 = (int32_t *)a.minus32 + 16 * b, sums[16];
+        int32_t sums[16];
         ((float *)a.d)[b] = quantize(x + 256 * b, 256, (int8_t *)a.q + 256 * b, sums);
-        for (int j = 0; j < 16; j++) {
+        for (int j = 0; j < 16; j++)
             sum16[j] = (int16_t)sums[j];
-            minus32[j] = -32 * sums[j];
-        }
         for (int j = 0; j < 8; j++)
             sum32[j] = (int16_t)(sums[2 * j] + sums[2 * j + 1]);
     }

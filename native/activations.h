@@ -25,7 +25,6 @@ typedef struct {
     const float *d;         /* [n] */
     const int16_t *sum32;   /* [n][8] sums of q over 32 columns */
     const int16_t *sum16;   /* [n][16] */
-    const int32_t *minus32; /* [n][16]: -32 * sum16, what the offset of Q6_K costs */
 } fomoe_act256;
 
 /* A token of format 32; n = cols / 32. */
@@ -39,7 +38,7 @@ typedef struct {
 static inline size_t fomoe_act256_bytes(int cols)
 {
     size_t n = cols / 256;
-    return fomoe_pad64(cols) + fomoe_pad64(4 * n) + fomoe_pad64(16 * n) + fomoe_pad64(32 * n) + 64 * n;
+    return fomoe_pad64(cols) + fomoe_pad64(4 * n) + fomoe_pad64(16 * n) + fomoe_pad64(32 * n);
 }
 
 static inline size_t fomoe_act32_bytes(int cols)
@@ -59,8 +58,6 @@ static inline fomoe_act256 fomoe_act256_at(const void *form, int64_t token, int 
     a.sum32 = (const int16_t *)p;
     p += fomoe_pad64(16 * n);
     a.sum16 = (const int16_t *)p;
-    p += fomoe_pad64(32 * n);
-    a.minus32 = (const int32_t *)p;
     return a;
 }
 

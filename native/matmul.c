@@ -46,27 +46,20 @@ int fomoe_isa_set(int isa)
     return 0;
 }
 
-#if defined(__x86_64__)
-static fomoe_rows_fn avx512_kernel_of(int type)
-{
-    switch (fomoe_type_block_size(type)) {
-    case 256: return fomoe_rows_avx512_256(type);
-    case 32: return fomoe_rows_avx512_32(type);
-    default: return fomoe_rows_avx512_float(type);
-    }
-}
-#endif
-
-/* The best kernel of a type up to the ISA in use. */
+/* The kernel of a type on the ISA in use. */
 static fomoe_rows_fn kernel_of(int type)
 {
-    fomoe_rows_fn kernel = 0;
 #if defined(__x86_64__)
-    int isa = fomoe_isa_get();
-    if (!kernel && isa >= FOMOE_ISA_AVX512)
-        kernel = avx512_kernel_of(type);
+    int size = fomoe_type_block_size(type), isa = fomoe_isa_get();
+    if (isa >= FOMOE_ISA_AVX512)
+        return size == 256 ? fomoe_rows_avx512_256(type)
+             : size == 32 ? fomoe_rows_avx512_32(type) : fomoe_rows_avx512_float(type);
+    if (isa >= FOMOE_ISA_AVX2)
+        return size == 256 ? fomoe_rows_avx2_256(type)
+             : size == 32 ? fomoe_rows_avx2_32(type) : fomoe_rows_avx2_float(type);
 #endif
-    return kernel ? kernel : fomoe_rows_scalar;
+    (void)type;
+    return fomoe_rows_scalar;
 }
 
 void fomoe_matmul_rows(const fomoe_matrix *w, const fomoe_act *act, const int32_t *rows, int num_rows,

@@ -19,6 +19,9 @@ void fomoe_rows_scalar(const fomoe_matrix *w, const fomoe_act *act, const int32_
                        int row_begin, int row_end, float *y, int64_t ldy);
 
 /* A type's kernel of an ISA, by the size of its blocks; NULL where there is none. */
+fomoe_rows_fn fomoe_rows_avx2_256(int type);
+fomoe_rows_fn fomoe_rows_avx2_32(int type);
+fomoe_rows_fn fomoe_rows_avx2_float(int type);
 fomoe_rows_fn fomoe_rows_avx512_256(int type);
 fomoe_rows_fn fomoe_rows_avx512_32(int type);
 fomoe_rows_fn fomoe_rows_avx512_float(int type);

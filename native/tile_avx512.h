@@ -16,32 +16,64 @@
 #include "matmul_kernels.h"
 #include "quant.h"
 
-#define AVX512_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")))
-#define AVX512_INLINE static inline AVX512_TARGET __attribute__((always_inline))
+#define TILE_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")))
+#define TILE_INLINE static inline TILE_TARGET __attribute__((always_inline))
 
-enum { TILE_ROWS = 16, TILE_TOKENS = 32 };
+enum {
+    TILE_ROWS = 16,
+    TILE_TOKENS = 32,       /* tokens that a walk over the weights serves */
+    TILE_MOST = 8,          /* of which so many, or so few, are in registers at once */
+    TILE_FEW = 4,
+    WIDE_SUMS = 1,          /* products of bytes are summed in 32 bits: any unsigned code will do */
+    SCALE_TWICE = 0,        /* a scale is a dword, not two equal words */
+};
+
+typedef __m512i vec;
+typedef __m512 vecf;
+
+#define v_and _mm512_and_si512
+#define v_or _mm512_or_si512
+#define v_xor _mm512_xor_si512
+#define v_slli _mm512_slli_epi32
+#define v_srli _mm512_srli_epi32
+#define v_srai _mm512_srai_epi32
+#define v_srai16 _mm512_srai_epi16
+#define v_sub _mm512_sub_epi32
+#define v_add8 _mm512_add_epi8
+#define v_sub8 _mm512_sub_epi8
+#define v_shuffle8 _mm512_shuffle_epi8
+#define v_set8 _mm512_set1_epi8
+#define v_set32 _mm512_set1_epi32
+#define v_load _mm512_loadu_si512
+#define v_broadcast128 _mm512_broadcast_i32x4
+#define vf_load _mm512_loadu_ps
+#define vf_zero _mm512_setzero_ps
+/* (a & mask) | b */
+#define v_and_or(a, mask, b) _mm512_ternarylogic_epi32(a, mask, b, 0xea)
+/* even words of a, odd words of b */
+#define v_odd_words(a, b) _mm512_mask_blend_epi16(0xaaaaaaaa, a, b)
 
 /* The rows of a tile; rows past the end repeat the last, their results are not stored. */
 typedef struct {
     const uint8_t *row[TILE_ROWS];
-    __mmask16 mask;
+    int n;
     const char *next;       /* where the tile after this one begins */
 } tile_rows;
 
-AVX512_INLINE tile_rows tile_rows_at(const fomoe_matrix *w, int row_begin, int row_end)
+TILE_INLINE tile_rows tile_rows_at(const fomoe_matrix *w, int row_begin, int row_end)
 {
     tile_rows t;
     int n = row_end - row_begin < TILE_ROWS ? row_end - row_begin : TILE_ROWS;
     for (int i = 0; i < TILE_ROWS; i++)
         t.row[i] = (const uint8_t *)w->data + (row_begin + (i < n ? i : n - 1)) * w->row_bytes;
     t.next = (const char *)w->data + (row_begin + TILE_ROWS) * w->row_bytes;
-    t.mask = (__mmask16)((1u << n) - 1);
+    t.n = n;
     return t;
 }
 
 /* 16 bytes at `offset` of every row as four vectors: lane r of out[j] is dword j of row r.
  * Walks the next tile linearly, ahead of the 16 interleaved row streams, which no prefetcher follows. */
-AVX512_INLINE void load_lanes(const tile_rows *t, size_t offset, __m512i out[4])
+TILE_INLINE void load_lanes(const tile_rows *t, size_t offset, __m512i out[4])
 {
     __m512i z[4];
     for (int k = 0; k < 4; k++) {
@@ -59,8 +91,8 @@ AVX512_INLINE void load_lanes(const tile_rows *t, size_t offset, __m512i out[4])
     out[3] = _mm512_unpackhi_epi64(hi01, hi23);
 }
 
-/* The two bytes at `offset` of every row, as halves. */
-AVX512_INLINE __m256i load_halves(const tile_rows *t, size_t offset)
+/* The two bytes at `offset` of every row, as floats from half precision. */
+TILE_INLINE __m512 load_halves(const tile_rows *t, size_t offset)
 {
     uint64_t quads[4];
     for (int i = 0; i < 4; i++) {
@@ -68,17 +100,30 @@ AVX512_INLINE __m256i load_halves(const tile_rows *t, size_t offset)
         for (int k = 0; k < 4; k++)
             quads[i] |= (uint64_t)fomoe_load_u16(t->row[4 * i + k] + offset) << (16 * k);
     }
-    return _mm256_set_epi64x((int64_t)quads[3], (int64_t)quads[2], (int64_t)quads[1], (int64_t)quads[0]);
+    return _mm512_cvtph_ps(_mm256_loadu_si256((const void *)quads));
 }
 
 /* The low halves of all lanes, IEEE half precision, as floats. */
-AVX512_INLINE __m512 half_lanes(__m512i v)
+TILE_INLINE __m512 half_lanes(__m512i v)
 {
     return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(v));
 }
 
+/* Bits 0 .. 3 of every lane as bit 4 of its four bytes. */
+TILE_INLINE __m512i v_fifth_bits(__m512i bits)
+{
+    __m512i first = _mm512_broadcast_i32x4(_mm_setr_epi32(0, 0x04040404, 0x08080808, 0x0c0c0c0c));
+    __mmask64 set = _mm512_test_epi8_mask(_mm512_shuffle_epi8(bits, first), _mm512_set1_epi32(0x08040201));
+    return _mm512_maskz_mov_epi8(set, _mm512_set1_epi8(0x10));
+}
+
+TILE_INLINE void tile_store(float *y, int n, __m512 v)
+{
+    _mm512_mask_storeu_ps(y, (__mmask16)((1u << n) - 1), v);
+}
+
 /* Four activations (or two sums) of a token, to meet the same columns of all rows. */
-AVX512_INLINE __m512i broadcast4(const void *p)
+TILE_INLINE __m512i broadcast4(const void *p)
 {
     int v;
     memcpy(&v, p, sizeof v);
