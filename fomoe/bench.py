@@ -180,6 +180,14 @@ async def warm_up(engine: Engine, test: BenchTest, source: TokenSource) -> None:
     await run_sample(engine, test, source)
 
 
+def decode_bytes(engine: Engine) -> int:
+    """Bytes of weights that computing one token touches: all but the embedding and the experts that
+    it does not pick."""
+    gguf, hp = engine.loaded.gguf, engine.loaded.hp
+    dense = sum(gguf.tensors[name].nbytes for name in hp.dense_tensors)
+    return dense + engine.plan.streamed_bytes_per_token
+
+
 def totals(engine: Engine) -> PhaseStats:
     """A copy of the engine's counters, both phases together."""
     stats = engine.stats()

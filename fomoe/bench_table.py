@@ -5,7 +5,6 @@ Owns: names and layout of what is printed. Does not know: how it was measured.
 
 from __future__ import annotations
 
-import argparse
 import csv
 import json
 import statistics
@@ -14,10 +13,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
-from fomoe import host
-from fomoe.bench import BenchResult, deviation
+from fomoe.bench import BenchResult, decode_bytes, deviation
 from fomoe.config import format_size
 from fomoe.engine import Engine
+from fomoe.host import processor_name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,22 +33,28 @@ class Run:
     budget_given: bool
     experts_resident: float  # share of the experts that the memory plan has slots for
     reader: str
+    drive_gb_per_second: float | None  # random reads; None when it was not measured
+    memory_gb_per_second: float  # a plain read with as many threads
+    decode_bytes: int  # of weights that a generated token touches
     tokens: str  # "random" or "text"
 
     @classmethod
-    def of(cls, engine: Engine, args: argparse.Namespace, tokens: str) -> Run:
-        gguf, plan = engine.loaded.gguf, engine.plan
+    def of(cls, engine: Engine, threads: int, memory_rate: float, tokens: str) -> Run:
+        gguf, plan, drive = engine.loaded.gguf, engine.plan, engine.loaded.drive
         return cls(
             model_path=gguf.paths[0],
             model_type=f"{gguf.architecture} {gguf.file_type_name}",
             model_bytes=gguf.nbytes,
             num_parameters=gguf.num_parameters,
-            threads=args.threads or host.num_processors(),
-            cpu=host.processor_name(),
+            threads=threads,
+            cpu=processor_name(),
             memory_budget=plan.budget,
-            budget_given=args.dram is not None,
+            budget_given=plan.budget_source == "given",
             experts_resident=plan.num_slots / plan.num_experts,
             reader=engine.loaded.reader.describe(),
+            drive_gb_per_second=None if drive is None else drive.bytes_per_second / 1e9,
+            memory_gb_per_second=memory_rate / 1e9,
+            decode_bytes=decode_bytes(engine),
             tokens=tokens,
         )
 
@@ -67,6 +72,9 @@ class Run:
             "memory_budget": self.memory_budget,
             "experts_resident": self.experts_resident,
             "reader": self.reader,
+            "drive_gb_per_second": self.drive_gb_per_second,
+            "memory_gb_per_second": self.memory_gb_per_second,
+            "decode_bytes": self.decode_bytes,
             "tokens": self.tokens,
         }
 
@@ -85,6 +93,7 @@ class Markdown:
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
+        self._generation: list[tuple[str, float]] = []
 
     def begin(self, run: Run) -> None:
         self._run = run
@@ -101,6 +110,8 @@ class Markdown:
     def row(self, result: BenchResult) -> None:
         run = self._run
         spread = deviation(result.rates)
+        if not result.test.prompt:
+            self._generation.append((result.test.name, statistics.fmean(result.rates)))
         self._line(
             [
                 run.model_type,
@@ -121,12 +132,30 @@ class Markdown:
 
     def end(self) -> None:
         run = self._run
-        print(
-            f"\nbuild: fomoe {version('fomoe')}; {run.cpu}; {run.tokens} tokens;"
-            f" memory for {100 * run.experts_resident:.0f} % of the experts;"
-            f" reading with {run.reader}",
-            file=self._stream,
-        )
+        drive = "not measured"
+        if run.drive_gb_per_second is not None:
+            drive = f"{run.drive_gb_per_second:.2f} GB/s"
+        lines = [
+            "",
+            f"build: fomoe {version('fomoe')}; {run.cpu}; {run.tokens} tokens;"
+            f" memory for {100 * run.experts_resident:.0f} % of the experts",
+            f"reading with {run.reader}; the drive's random reads: {drive}",
+            *self._memory_lines(),
+        ]
+        print(*lines, sep="\n", file=self._stream)
+
+    def _memory_lines(self) -> list[str]:
+        """What generation made of the memory's bandwidth."""
+        run = self._run
+        limit = run.memory_gb_per_second
+        lines = [
+            f"a generated token touches {format_size(run.decode_bytes)} of weights; {run.threads}"
+            f" threads read {limit:.1f} GB/s from memory"
+        ]
+        for name, rate in self._generation:
+            used = rate * run.decode_bytes / 1e9
+            lines.append(f"{name}: {used:.1f} GB/s, {100 * used / limit:.0f} % of that")
+        return lines
 
     def _line(self, cells: list[str]) -> None:
         padded = (

@@ -68,6 +68,7 @@ class Loaded:
     states: StatePool
     embedding: EmbeddingRows
     tracer: Tracer | None
+    drive: Drive | None
     load_gb_per_second: float
     exits: AsyncExitStack
 
@@ -163,6 +164,7 @@ async def load(
             states=states,
             embedding=embedding,
             tracer=tracer,
+            drive=drive,
             load_gb_per_second=rate,
             exits=exits.pop_all(),
         )

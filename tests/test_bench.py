@@ -15,6 +15,7 @@ from fomoe import Engine, RequestError
 from fomoe.bench import BenchResult, BenchTest, Sample, TokenSource, run_sample, warm_up
 from fomoe.cli import main
 from fomoe.commands.bench import _numbers, _pair
+from fomoe.kernels.bandwidth import measure_read_bandwidth
 
 TOY = dataclasses.replace(K_TOY, layers=3, experts=16, top_k=4)
 
@@ -131,6 +132,15 @@ def test_numbers_as_llama_bench_reads_them():
             _pair(text)
 
 
+def test_memory_is_read_at_some_rate():
+    assert 1e8 < measure_read_bandwidth(2, 1 << 20) < 1e13
+
+
+@pytest.fixture(autouse=True)
+def known_memory_rate(monkeypatch):
+    monkeypatch.setattr("fomoe.commands.bench.measure_read_bandwidth", lambda threads: 20e9)
+
+
 def bench(capsys, model, *arguments):
     status = main(["bench", "-m", str(model), "-p", "8", "-n", "4", "-r", "2", *arguments])
     captured = capsys.readouterr()
@@ -162,6 +172,7 @@ def test_other_formats_hold_the_same(capsys, model):
     assert "| t/s |" in " ".join(out.splitlines()[0].split())
     assert [line.split("|")[6].strip() for line in out.splitlines()[2:4]] == ["pp8", "tg4"]
     assert "memory plan" in err
+    assert "read 20.0 GB/s from memory\ntg4: " in out
 
 
 def test_text_and_bad_requests(capsys, model, tmp_path):

@@ -11,6 +11,8 @@ from fomoe.bench import BenchResult, BenchTest, TokenSource, run_sample, warm_up
 from fomoe.bench_table import FORMATS, Run
 from fomoe.commands.common import add_engine_arguments, open_engine
 from fomoe.errors import RequestError
+from fomoe.host import num_processors
+from fomoe.kernels.bandwidth import measure_read_bandwidth
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,12 +51,14 @@ async def run(args: argparse.Namespace) -> int:
     text = _read(args.text) if args.text else None
     quiet = args.output != "md"
     output = FORMATS[args.output](sys.stdout)
+    threads = args.threads or num_processors()
+    # Before the engine takes its memory, so that the budget is kept.
+    memory_rate = measure_read_bandwidth(threads)
     engine = await open_engine(args, quiet=quiet, context=context)
     try:
         ids = None if text is None else engine.tokenizer.encode(text)
         source = TokenSource(engine.loaded.hp.vocab_size, ids)
-        described = Run.of(engine, args, source.kind)
-        output.begin(described)
+        output.begin(Run.of(engine, threads, memory_rate, source.kind))
         for test in tests:
             result = BenchResult(test, cold=args.cold)
             if not (args.cold or args.no_warmup):
