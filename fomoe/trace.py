@@ -51,7 +51,11 @@ Records = npt.NDArray[np.void]  # of RECORD_TYPE
 
 class Kind(enum.IntEnum):
     """What a record tells. `token` is the number of tokens the engine had computed when the step
-    began, so that differences count tokens. Whatever does not apply stays -1 (or 0 for a, b)."""
+    began, so that differences count tokens. Whatever does not apply stays -1 (or 0 for a, b).
+
+    Reads land when the event loop sees it: one that lands while the loop's own thread computes is
+    seen when that ends, so times in flight are upper bounds there.
+    """
 
     STEP = 1  # one forward of the model: a tokens, b = 1 prompt, 0 decode
     LAYER = 2  # one layer of a step, experts included

@@ -64,7 +64,7 @@ def test_recording_survives_a_kill(tmp_path: Path) -> None:
     command = [sys.executable, "-P", "-c", code, str(tmp_path / "t")]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
-        process.stdout.readline()
+        assert b"ready\n" in iter(process.stdout.readline, b"")
         os.kill(process.pid, signal.SIGKILL)
     recording = read_recording(tmp_path / "t")
     assert not recording.closed

@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -211,7 +212,8 @@ def test_text_of_an_acted_run(tmp_path: Path) -> None:
 
 def tool(*args: str | Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-P", str(TOOL), *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    env = os.environ | {"SKBUILD_EDITABLE_VERBOSE": "0"}  # a rebuild would be told on stdout
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=env)
 
 
 def test_show_on_the_command_line(tmp_path: Path) -> None:

@@ -97,6 +97,7 @@ def _drive(phases: Sequence[Phase]) -> Iterator[str]:
     yield from _table(["The drive", *(phase.name for phase in phases)], rows)
     if math.isnan(phases[0].reading.ceiling_gbps):
         yield "the drive's ceiling was not measured in this run"
+    yield "a read that lands during a compute of the loop's own thread is seen to land at its end"
 
 
 def _drive_column(phase: Phase) -> dict[str, str]:
@@ -121,7 +122,7 @@ def _drive_column(phase: Phase) -> dict[str, str]:
 def _rate(gbps: float, phase: Phase) -> str:
     ceiling = phase.reading.ceiling_gbps
     share = f" ({100 * gbps / ceiling:.0f} % of {ceiling:.2f})" if ceiling == ceiling else ""
-    return _number(gbps, 2) + share
+    return _number(gbps, 2 if gbps >= 0.1 else 4) + share
 
 
 def _stalls(summary: Summary) -> Iterator[str]:
