@@ -173,7 +173,7 @@ class CpuOps:
         norm: F32Array | None = None,
         eps: float = 0.0,
     ) -> None:
-        key = (eps, *weights)
+        key: tuple[float | CpuWeight, ...] = (eps, *weights)
         plan = self._linear_plans.get(key)
         if plan is None:
             plan = self._linear_plans[key] = self._plans.linear(weights, eps, add=False)

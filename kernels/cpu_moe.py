@@ -53,7 +53,7 @@ class MoePlan:
     )  # fmt: skip
 
     def __init__(self, spec: MoeSpec, shared: SharedExpert | None) -> None:
-        self.keep = (spec, shared)
+        self.keep: tuple[Any, ...] = (spec, shared)
         self.shape = moe_shape(spec)
         self.shape_key = (spec.top_k, spec.hidden)
         self.experts = ffi.new("int64_t[]", 4 * spec.num_experts)
