@@ -2,7 +2,9 @@
 
 #include "norm.h"
 
-#define TASK_BYTES 32768
+#define LEAST_TASK_BYTES 32768
+#define TASKS_PER_THREAD 16
+#define TILE_ROWS 16 /* that the products with one token compute at a time */
 #define PREFILL_TOKENS 8 /* from here on arithmetic bounds a product, not the weights' bytes */
 #define PREFILL_ROWS 32
 
@@ -16,12 +18,13 @@ typedef struct {
     int first_task[FOMOE_LINEAR_MAX_PRODUCTS + 1];
 } linear_job;
 
-int fomoe_rows_per_task(int64_t row_bytes, int tokens)
+int fomoe_rows_per_task(int64_t row_bytes, int tokens, int64_t total_bytes, int num_threads)
 {
     if (tokens >= PREFILL_TOKENS)
         return PREFILL_ROWS;
-    int64_t rows = TASK_BYTES / row_bytes & ~(int64_t)7;
-    return rows < 8 ? 8 : rows > FOMOE_MAX_ROWS_PER_TASK ? FOMOE_MAX_ROWS_PER_TASK : (int)rows;
+    int64_t bytes = total_bytes / (num_threads * TASKS_PER_THREAD);
+    int64_t rows = (bytes < LEAST_TASK_BYTES ? LEAST_TASK_BYTES : bytes) / row_bytes & -(int64_t)TILE_ROWS;
+    return rows < TILE_ROWS ? TILE_ROWS : rows > FOMOE_MAX_ROWS_PER_TASK ? FOMOE_MAX_ROWS_PER_TASK : (int)rows;
 }
 
 size_t fomoe_linear_scratch(int num_threads, int tokens, int cols)
@@ -74,10 +77,14 @@ void fomoe_linear_run(const fomoe_linear *linear, const float *x, int64_t ldx, i
     }
     scratch += ALIGN64((size_t)tokens * cols * sizeof(float));
     int32_t types[FOMOE_LINEAR_MAX_PRODUCTS];
+    int num_threads = fomoe_pool_num_threads(linear->pool);
+    int64_t bytes = 0;
+    for (int i = 0; i < linear->num_products; i++)
+        bytes += linear->products[i].rows * linear->products[i].row_bytes;
     for (int i = 0; i < linear->num_products; i++) {
         const fomoe_product *p = &linear->products[i];
         types[i] = p->type;
-        job.rows_per_task[i] = fomoe_rows_per_task(p->row_bytes, tokens);
+        job.rows_per_task[i] = fomoe_rows_per_task(p->row_bytes, tokens, bytes, num_threads);
         job.first_task[i + 1] = job.first_task[i] + (p->rows + job.rows_per_task[i] - 1) / job.rows_per_task[i];
     }
     fomoe_act_prepare(linear->pool, &job.act, x, ldx, tokens, cols, types, linear->num_products, scratch);

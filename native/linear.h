@@ -36,9 +36,9 @@ size_t fomoe_linear_scratch(int num_threads, int tokens, int cols);
 /* x [tokens][ldx]; norm [cols] or NULL. */
 void fomoe_linear_run(const fomoe_linear *linear, const float *x, int64_t ldx, int tokens, const float *norm);
 
-/* How many rows of a matrix one task takes: enough bytes that claiming it costs nothing, few enough that the threads
- * end together. */
-int fomoe_rows_per_task(int64_t row_bytes, int tokens);
+/* How many rows of a matrix one task takes, in a run that reads `total_bytes` of weights: enough bytes that rows follow
+ * each other for the prefetch, few enough that the threads end together. */
+int fomoe_rows_per_task(int64_t row_bytes, int tokens, int64_t total_bytes, int num_threads);
 
 /* Tokens that one task multiplies at a time where it needs room for the results. */
 #define FOMOE_TOKEN_BLOCK 256

@@ -194,12 +194,13 @@ static void wave_task(void *arg, int task, int thread)
     }
 }
 
-static void set_tasks(expert_job *job)
+static void set_tasks(expert_job *job, int num_jobs, int num_threads)
 {
     int64_t both = job->gate.row_bytes + job->up.row_bytes;
-    job->up_rows_per_task = fomoe_rows_per_task(both, job->num);
+    job->up_rows_per_task = fomoe_rows_per_task(both, job->num, num_jobs * job->ff * both, num_threads);
     job->up_tasks = (job->ff + job->up_rows_per_task - 1) / job->up_rows_per_task;
-    job->down_rows_per_task = fomoe_rows_per_task(job->down.row_bytes, job->num);
+    int64_t down_bytes = num_jobs * job->hidden * job->down.row_bytes;
+    job->down_rows_per_task = fomoe_rows_per_task(job->down.row_bytes, job->num, down_bytes, num_threads);
     job->down_tasks = (job->hidden + job->down_rows_per_task - 1) / job->down_rows_per_task;
     atomic_init(&job->up_left, job->up_tasks);
     atomic_init(&job->ready, 0);
@@ -208,9 +209,9 @@ static void set_tasks(expert_job *job)
 static void run_wave(fomoe_moe *moe, expert_job *jobs, int num)
 {
     wave w = { moe, jobs, num, 0, ISA_PICK(silu_mul) };
-    int tasks = 0;
+    int tasks = 0, num_threads = fomoe_pool_num_threads(moe->pool);
     for (int i = 0; i < num; i++) {
-        set_tasks(&jobs[i]);
+        set_tasks(&jobs[i], num, num_threads);
         w.up_tasks += jobs[i].up_tasks;
         tasks += jobs[i].up_tasks + jobs[i].down_tasks;
     }
