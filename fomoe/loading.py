@@ -22,7 +22,7 @@ from fomoe.config import EngineOptions
 from fomoe.errors import FormatError, RequestError
 from fomoe.experts.cache import ExpertCache, make_policy
 from fomoe.experts.car import CacheAwareRouter
-from fomoe.experts.layout import ExpertLayout
+from fomoe.experts.layout import REGION_ALIGNMENT, ExpertLayout
 from fomoe.experts.predict import Prefetcher
 from fomoe.experts.profile import parse, seed_order, serialise, write_atomically
 from fomoe.experts.routes import RouteShape, RouteWriter
@@ -45,6 +45,7 @@ from fomoe.weights import DenseWeights, EmbeddingRows, embedding_row_room, regio
 
 # What the interpreter, the allocator and the thread stacks take beyond what is counted below.
 _ALLOWANCE = 48 << 20
+_PROCESS_GRAIN = 64 << 20
 _HUGE_PAGE = 2 << 20
 # What reads ahead are judged by where the drive has not been measured (buffered, or a small file).
 _UNMEASURED_BYTES_PER_S = 1e9
@@ -112,7 +113,7 @@ async def load(
         layouts = _layouts(gguf, hp, reader.alignment)
         workspace = models.buffer_bytes(hp, options.ubatch)
         workspace += CpuOps.workspace_bytes(threads, options.ubatch, **shapes)
-        plan = _plan(gguf, hp, options, layouts, reader.alignment, workspace)
+        plan = _plan(gguf, hp, options, layouts, workspace)
         if on_plan:
             on_plan(plan)
         tracer = None
@@ -197,13 +198,16 @@ def _plan(
     hp: HyperParameters,
     options: EngineOptions,
     layouts: list[ExpertLayout],
-    alignment: int,
     workspace: int,
 ) -> MemoryPlan:
-    dense = sum(region_bytes(gguf.tensors[name], alignment) for name in hp.dense_tensors)
+    dense = sum(region_bytes(gguf.tensors[name], REGION_ALIGNMENT) for name in hp.dense_tensors)
+    process = host.resident_bytes() + _ALLOWANCE
+    if options.deterministic:
+        # What is resident must not depend on a megabyte that the process happens to take.
+        process = -(-process // _PROCESS_GRAIN) * _PROCESS_GRAIN
     rows = embedding_row_room(gguf.tensors[hp.embedding]) * options.ubatch
     fixed = [
-        ("process", host.resident_bytes() + _ALLOWANCE),
+        ("process", process),
         ("dense weights", dense + _HUGE_PAGE),
         ("KV cache", kv_bytes(hp, options.context, options.cache_type)),
         ("recurrent state", recurrent_bytes(hp) * (options.parallel + (options.car_audit > 0))),

@@ -36,6 +36,7 @@ class ExpertLayout:
     """The experts of one layer: their extents, and where in a slot their matrices start."""
 
     def __init__(self, tensors: ExpertTensors, alignment: int) -> None:
+        assert REGION_ALIGNMENT % alignment == 0
         self.alignment = alignment
         self.num_experts = tensors.num_experts
         slices: list[SliceLayout] = []
@@ -49,11 +50,11 @@ class ExpertLayout:
             assert tensor is not None
             nbytes = tensor.nbytes // tensors.num_experts
             slices.append(SliceLayout(tensor.shard, tensor.offset, nbytes, region))
-            room = max(
-                superset(tensor.offset + e * nbytes, nbytes, alignment)[1]
-                for e in _representatives(tensors.num_experts, nbytes, alignment)
+            # Room for any drive's alignment: how many experts fit does not depend on the drive.
+            region += max(
+                superset(tensor.offset + e * nbytes, nbytes, REGION_ALIGNMENT)[1]
+                for e in _representatives(tensors.num_experts, nbytes, REGION_ALIGNMENT)
             )
-            region += -(-room // REGION_ALIGNMENT) * REGION_ALIGNMENT
         self.slices = tuple(slices)
         self.slot_bytes = region
         self.expert_bytes = sum(s.nbytes for s in slices)
