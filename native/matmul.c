@@ -10,6 +10,24 @@
 #include "matmul_kernels.h"
 #include "quant.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#define ARCH_REQ_XCOMP_PERM 0x1023
+#define XFEATURE_XTILEDATA 18
+
+/* AMX int8, and the kernel's leave to use its registers: once a process, before threads that do. */
+static int amx_is_permitted(void)
+{
+    unsigned a, b, c, d;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 24 & 1) || !(d >> 25 & 1))
+        return 0;
+    return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
+}
+#endif
+
 int fomoe_isa_best(void)
 {
 #if defined(__x86_64__)
@@ -19,7 +37,7 @@ int fomoe_isa_best(void)
         || !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl")
         || !__builtin_cpu_supports("avx512vnni"))
         return FOMOE_ISA_AVX2;
-    return FOMOE_ISA_AVX512;
+    return amx_is_permitted() ? FOMOE_ISA_AMX : FOMOE_ISA_AVX512;
 #else
     return FOMOE_ISA_SCALAR;
 #endif
@@ -51,6 +69,8 @@ static fomoe_rows_fn kernel_of(int type)
 {
 #if defined(__x86_64__)
     int size = fomoe_type_block_size(type), isa = fomoe_isa_get();
+    if (isa == FOMOE_ISA_AMX && size > 1)
+        return size == 256 ? fomoe_rows_amx_256 : fomoe_rows_amx_32;
     if (isa >= FOMOE_ISA_AVX512)
         return size == 256 ? fomoe_rows_avx512_256(type)
              : size == 32 ? fomoe_rows_avx512_32(type) : fomoe_rows_avx512_float(type);

@@ -22,6 +22,7 @@ TILE_INLINE __m256 multiply_block(const tile256 *w, tile_kind kind, const fomoe_
     return acc;
 }
 
+/* acc[t] += block b times `tokens` (a constant) tokens, whose sums stay in registers. */
 TILE_INLINE void multiply_tile(const tile256 *w, tile_kind kind, const fomoe_act256 *a, int tokens, int b,
                                __m256 *acc)
 {
@@ -36,6 +37,18 @@ TILE_INLINE void multiply_tile(const tile256 *w, tile_kind kind, const fomoe_act
                         w->scale[j], q, kind.sub * j, tokens, total);
     for (int t = 0; t < tokens; t++)
         acc[t] = multiply_block(w, kind, &a[t], b, total[t], acc[t]);
+}
+
+TILE_INLINE void multiply_tokens(const tile256 *w, tile_kind kind, const fomoe_act256 *a, int tokens, int b,
+                                 __m256 *acc)
+{
+    int t = 0;
+    for (; t + TILE_MOST <= tokens; t += TILE_MOST)
+        multiply_tile(w, kind, a + t, TILE_MOST, b, acc + t);
+    for (; t + TILE_FEW <= tokens; t += TILE_FEW)
+        multiply_tile(w, kind, a + t, TILE_FEW, b, acc + t);
+    for (; t < tokens; t++)
+        multiply_tile(w, kind, a + t, 1, b, acc + t);
 }
 
 fomoe_rows_fn fomoe_rows_avx2_256(int type)

@@ -6,6 +6,7 @@
 #include "tile_avx2.h"
 #include "tile_32.h"
 
+/* acc[t] += block b times `tokens` (a constant) tokens, whose sums stay in registers. */
 TILE_INLINE void multiply_tile(const tile32 *w, tile_kind kind, const fomoe_act32 *a, int tokens, int b,
                                __m256 *acc)
 {
@@ -24,6 +25,18 @@ TILE_INLINE void multiply_tile(const tile32 *w, tile_kind kind, const fomoe_act3
         if (kind.has_min)
             acc[t] = _mm256_fmadd_ps(w->m, _mm256_set1_ps(a[t].s[b]), acc[t]);
     }
+}
+
+TILE_INLINE void multiply_tokens(const tile32 *w, tile_kind kind, const fomoe_act32 *a, int tokens, int b,
+                                 __m256 *acc)
+{
+    int t = 0;
+    for (; t + TILE_MOST <= tokens; t += TILE_MOST)
+        multiply_tile(w, kind, a + t, TILE_MOST, b, acc + t);
+    for (; t + TILE_FEW <= tokens; t += TILE_FEW)
+        multiply_tile(w, kind, a + t, TILE_FEW, b, acc + t);
+    for (; t < tokens; t++)
+        multiply_tile(w, kind, a + t, 1, b, acc + t);
 }
 
 fomoe_rows_fn fomoe_rows_avx2_32(int type)

@@ -5,26 +5,9 @@
 #if defined(__x86_64__)
 #include "tile_avx512.h"
 #include "tile_256.h"
+#include "tile_avx512_256.h"
 
-TILE_INLINE __m512 multiply_block(const tile256 *w, tile_kind kind, const fomoe_act256 *a, int b,
-                                    __m512i total, __m512 acc)
-{
-    __m512 da = _mm512_set1_ps(a->d[b]);
-    __m512i m = _mm512_setzero_si512();
-    const int16_t *sums = kind.pairs == 8 ? a->sum16 + 16 * b : a->sum32 + 8 * b;
-    for (int i = 0; i < kind.pairs; i++)
-        m = _mm512_dpwssd_epi32(m, w->pair[i], broadcast4(sums + 2 * i));
-    if (kind.shift)
-        total = _mm512_srai_epi32(total, kind.shift);
-    if (kind.pairs && kind.correction_bits)
-        total = _mm512_sub_epi32(total, _mm512_slli_epi32(m, kind.correction_bits));
-    acc = _mm512_fmadd_ps(_mm512_cvtepi32_ps(total), _mm512_mul_ps(w->d, da), acc);
-    if (kind.pairs && !kind.correction_bits)
-        acc = _mm512_fnmadd_ps(_mm512_cvtepi32_ps(m), _mm512_mul_ps(w->dmin, da), acc);
-    return acc;
-}
-
-/* acc[t] += block b times `tokens` tokens; all of their sums stay in registers. */
+/* acc[t] += block b times `tokens` (a constant) tokens, whose sums stay in registers. */
 TILE_INLINE void multiply_tile(const tile256 *w, tile_kind kind, const fomoe_act256 *a, int tokens, int b,
                                  __m512 *acc)
 {
@@ -45,6 +28,18 @@ TILE_INLINE void multiply_tile(const tile256 *w, tile_kind kind, const fomoe_act
     }
     for (int t = 0; t < tokens; t++)
         acc[t] = multiply_block(w, kind, &a[t], b, total[t], acc[t]);
+}
+
+TILE_INLINE void multiply_tokens(const tile256 *w, tile_kind kind, const fomoe_act256 *a, int tokens, int b,
+                                 __m512 *acc)
+{
+    int t = 0;
+    for (; t + TILE_MOST <= tokens; t += TILE_MOST)
+        multiply_tile(w, kind, a + t, TILE_MOST, b, acc + t);
+    for (; t + TILE_FEW <= tokens; t += TILE_FEW)
+        multiply_tile(w, kind, a + t, TILE_FEW, b, acc + t);
+    for (; t < tokens; t++)
+        multiply_tile(w, kind, a + t, 1, b, acc + t);
 }
 
 fomoe_rows_fn fomoe_rows_avx512_256(int type)

@@ -5,7 +5,9 @@
 #if defined(__x86_64__)
 #include "tile_avx512.h"
 #include "tile_32.h"
+#include "tile_avx512_32.h"
 
+/* acc[t] += block b times `tokens` (a constant) tokens, whose sums stay in registers. */
 TILE_INLINE void multiply_tile(const tile32 *w, tile_kind kind, const fomoe_act32 *a, int tokens, int b,
                                  __m512 *acc)
 {
@@ -16,14 +18,20 @@ TILE_INLINE void multiply_tile(const tile32 *w, tile_kind kind, const fomoe_act3
     for (int i = 0; i < 8; i++)
         for (int t = 0; t < tokens; t++)
             dot[t] = _mm512_dpbusd_epi32(dot[t], w->code[i], broadcast4(a[t].q + 32 * b + 4 * i));
-    for (int t = 0; t < tokens; t++) {
-        if (kind.offset_bits)
-            dot[t] = _mm512_sub_epi32(dot[t], _mm512_set1_epi32(a[t].sum[b] * (1 << kind.offset_bits)));
-        __m512 scale = _mm512_mul_ps(w->d, _mm512_set1_ps(a[t].d[b]));
-        acc[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot[t]), scale, acc[t]);
-        if (kind.has_min)
-            acc[t] = _mm512_fmadd_ps(w->m, _mm512_set1_ps(a[t].s[b]), acc[t]);
-    }
+    for (int t = 0; t < tokens; t++)
+        acc[t] = multiply_block(w, kind, &a[t], b, dot[t], acc[t]);
+}
+
+TILE_INLINE void multiply_tokens(const tile32 *w, tile_kind kind, const fomoe_act32 *a, int tokens, int b,
+                                 __m512 *acc)
+{
+    int t = 0;
+    for (; t + TILE_MOST <= tokens; t += TILE_MOST)
+        multiply_tile(w, kind, a + t, TILE_MOST, b, acc + t);
+    for (; t + TILE_FEW <= tokens; t += TILE_FEW)
+        multiply_tile(w, kind, a + t, TILE_FEW, b, acc + t);
+    for (; t < tokens; t++)
+        multiply_tile(w, kind, a + t, 1, b, acc + t);
 }
 
 fomoe_rows_fn fomoe_rows_avx512_32(int type)

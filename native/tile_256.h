@@ -1,7 +1,7 @@
 /* Types with blocks of 256 as tiles: included once by each ISA, after its tile_ISA.h.
  *
  * Owns: how each type's packed codes become a tile, and the walk over blocks and tokens. Does not know:
- * the ISA; its vectors are `vec`, and it brings multiply_tile.
+ * the ISA; its vectors are `vec`, and it brings multiply_tokens.
  */
 /* A block of TILE_ROWS rows. The integer sum of a block is
  *   I = (sum over sub-blocks of scale * (sum of code * q)) >> shift - correction * M,
@@ -24,9 +24,9 @@ typedef struct {
     int correction_bits;    /* I -= M << that; 0: M is a minimum */
 } tile_kind;
 
-/* acc[t] += block b times `tokens` (a constant) tokens. */
-TILE_INLINE void multiply_tile(const tile256 *w, tile_kind kind, const fomoe_act256 *a, int tokens, int b,
-                               vecf *acc);
+/* acc[t] += block b of the rows times tokens a[0] .. a[tokens - 1]; the ISA's. */
+TILE_INLINE void multiply_tokens(const tile256 *w, tile_kind kind, const fomoe_act256 *a, int tokens, int b,
+                                 vecf *acc);
 
 typedef void (*unpack_fn)(const tile_rows *t, size_t offset, tile256 *out);
 
@@ -36,24 +36,26 @@ TILE_INLINE void rows_of_kind(const fomoe_matrix *w, const fomoe_act *act, const
 {
     fomoe_act256 a[TILE_TOKENS];
     vecf acc[TILE_TOKENS];
+    /* Rows of equal distance, 16 at a time; the distance is no power of two. */
+    size_t stride = TILE_GATHERS ? fomoe_pad64(act->cols) + 64 : 0;
+    int8_t gathered[TILE_GATHERS ? TILE_TOKENS * stride : 1] __attribute__((aligned(64)));
     tile256 tile;
     for (int t0 = 0; t0 < num_rows; t0 += TILE_TOKENS) {
         int tokens = num_rows - t0 < TILE_TOKENS ? num_rows - t0 : TILE_TOKENS;
         for (int t = 0; t < tokens; t++)
             a[t] = fomoe_act256_at(act->forms[FOMOE_FORMAT_256], rows ? rows[t0 + t] : t0 + t, act->cols);
+        for (int t = 0; TILE_GATHERS && t < TILE_TOKENS; t++) {
+            if (t < tokens)
+                memcpy(gathered + t * stride, a[t].q, act->cols);
+            a[t].q = gathered + t * stride;
+        }
         for (int r = row_begin; r < row_end; r += TILE_ROWS) {
             tile_rows tr = tile_rows_at(w, r, row_end);
             for (int t = 0; t < tokens; t++)
                 acc[t] = vf_zero();
             for (int b = 0; b < w->cols / 256; b++) {
                 unpack(&tr, (size_t)b * block_bytes, &tile);
-                int t = 0;
-                for (; t + TILE_MOST <= tokens; t += TILE_MOST)
-                    multiply_tile(&tile, kind, a + t, TILE_MOST, b, acc + t);
-                for (; t + TILE_FEW <= tokens; t += TILE_FEW)
-                    multiply_tile(&tile, kind, a + t, TILE_FEW, b, acc + t);
-                for (; t < tokens; t++)
-                    multiply_tile(&tile, kind, a + t, 1, b, acc + t);
+                multiply_tokens(&tile, kind, a, tokens, b, acc);
             }
             for (int t = 0; t < tokens; t++)
                 tile_store(y + (t0 + t) * ldy + r, tr.n, acc[t]);

@@ -1,0 +1,33 @@
+/* AMX products of the types with blocks of 32.
+ *
+ * Owns: a tile times groups of 16 tokens. Does not know: how the types are packed (tile_32.h).
+ */
+#if defined(__x86_64__)
+#include "tile_amx.h"
+#include "tile_32.h"
+#include "tile_avx512_32.h"
+
+TILE_INLINE void multiply_tokens(const tile32 *w, tile_kind kind, const fomoe_act32 *a, int tokens, int b,
+                                 __m512 *acc)
+{
+    __m512i sums[AMX_TOKENS];
+    size_t stride = (size_t)(a[1].q - a[0].q);
+    for (int g = 0; g < tokens; g += AMX_TOKENS) {
+        amx_multiply(a[g].q + 32 * b, stride, w->code, sums);
+        for (int t = g; t < tokens && t < g + AMX_TOKENS; t++)
+            acc[t] = multiply_block(w, kind, &a[t], b, sums[t - g], acc[t]);
+    }
+}
+
+TILE_TARGET void fomoe_rows_amx_32(const fomoe_matrix *w, const fomoe_act *act, const int32_t *rows,
+                                   int num_rows, int row_begin, int row_end, float *y, int64_t ldy)
+{
+    if (num_rows < AMX_WORTHWHILE) {
+        fomoe_rows_avx512_32(w->type)(w, act, rows, num_rows, row_begin, row_end, y, ldy);
+        return;
+    }
+    amx_configure(32);
+    rows_of_type(w->type)(w, act, rows, num_rows, row_begin, row_end, y, ldy);
+    _tile_release();
+}
+#endif
