@@ -13,7 +13,11 @@ TILE_INLINE void multiply_tokens(const tile32 *w, tile_kind kind, const fomoe_ac
     __m512i sums[AMX_TOKENS];
     size_t stride = (size_t)(a[1].q - a[0].q);
     for (int g = 0; g < tokens; g += AMX_TOKENS) {
-        amx_multiply(a[g].q + 32 * b, stride, w->code, sums);
+        _tile_zero(0);
+        _tile_loadd(4, a[g].q + 32 * b, stride);
+        _tile_loadd(6, w->code, 64);
+        _tile_dpbsud(0, 4, 6);
+        _tile_stored(0, sums, 64);
         for (int t = g; t < tokens && t < g + AMX_TOKENS; t++)
             acc[t] = multiply_block(w, kind, &a[t], b, sums[t - g], acc[t]);
     }

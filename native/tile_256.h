@@ -121,19 +121,21 @@ TILE_INLINE void unpack_q4k_header(const tile_rows *t, size_t offset, tile256 *o
         out->pair[i] = word_lanes(minima[i / 2], i % 2);
 }
 
-/* Where sums are 32 bits wide, high nibbles stay where they are, 16 times too large, and the scales of
- * the even sub-blocks are made so. */
+/* Where sums and scales are 32 bits wide, high nibbles stay where they are, 16 times too large, and the
+ * scales of the even sub-blocks are made so. */
+enum { NIBBLES_IN_PLACE = WIDE_SUMS && !SCALE_TWICE };
+
 TILE_INLINE void unpack_q4_k(const tile_rows *t, size_t offset, tile256 *out)
 {
     vec low = v_set8(0x0f), high = v_set8((char)0xf0);
-    unpack_q4k_header(t, offset, out, WIDE_SUMS ? 4 : 0);
+    unpack_q4k_header(t, offset, out, NIBBLES_IN_PLACE ? 4 : 0);
 #pragma GCC unroll 8
     for (int c = 0; c < 8; c++) {
         vec q[4];
         load_lanes(t, offset + 16 + 16 * c, q);
         for (int j = 0; j < 4; j++) {
             out->code[c / 2 * 16 + c % 2 * 4 + j] = v_and(q[j], low);
-            out->code[c / 2 * 16 + 8 + c % 2 * 4 + j] = WIDE_SUMS ? v_and(q[j], high) : v_and(v_srli(q[j], 4), low);
+            out->code[c / 2 * 16 + 8 + c % 2 * 4 + j] = NIBBLES_IN_PLACE ? v_and(q[j], high) : v_and(v_srli(q[j], 4), low);
         }
     }
 }
@@ -282,7 +284,7 @@ TILE_INLINE void unpack_iq4_xs(const tile_rows *t, size_t offset, tile256 *out)
 
 static const tile_kind kind_q2_k = { .sub = 16, .chain = 4, .pairs = 8 };
 static const tile_kind kind_q3_k = { .sub = 16, .chain = 4, .pairs = 8, .correction_bits = 2 };
-static const tile_kind kind_q4_k = { .sub = 32, .chain = 8, .shift = WIDE_SUMS ? 4 : 0, .pairs = 4 };
+static const tile_kind kind_q4_k = { .sub = 32, .chain = 8, .shift = NIBBLES_IN_PLACE ? 4 : 0, .pairs = 4 };
 static const tile_kind kind_q5_k = { .sub = 32, .chain = 4, .pairs = 4 };
 static const tile_kind kind_q6_k = { .sub = 16, .chain = 2, .pairs = 8, .correction_bits = 5 };
 static const tile_kind kind_iq4_xs = {
