@@ -54,7 +54,7 @@ class CpuOps:
             raise MemoryError(f"could not start {num_threads} compute threads")
         self._views = Views()
         self._plans = Plans(self._pool, self._views, num_threads, max_tokens)
-        self._moe = MoeEngine(self._pool, self._serial, self._views)
+        self._moe = MoeEngine(self._pool, self._serial, self._views, max_tokens)
         self._h = np.empty((0, 0), np.float32)
         self._linear_plans: dict[tuple[float | CpuWeight, ...], Plan] = {}
         self._add_plans: dict[CpuWeight, Plan] = {}
@@ -291,6 +291,8 @@ class CpuOps:
         logits = np.empty((tokens, spec.num_experts), np.float32)
         ids = np.empty((tokens, spec.top_k), np.int32)
         weights = np.empty((tokens, spec.top_k), np.float32)
+        picks = ffi.from_buffer(_IDS, ids), ffi.from_buffer(_FLOATS, weights)
+        self._moe.routed = (ids, weights, *picks)
         lib.fomoe_route_run(
             plan.c,
             view.pointer,
@@ -300,8 +302,7 @@ class CpuOps:
             h_view.pointer,
             h_view.ld,
             ffi.from_buffer(_FLOATS, logits),
-            ffi.from_buffer(_IDS, ids),
-            ffi.from_buffer(_FLOATS, weights),
+            *picks,
         )
         return Routing(h=h, logits=logits, ids=ids, weights=weights)
 
@@ -313,7 +314,6 @@ class CpuOps:
             plan = self._moe_plans[key] = MoePlan(spec, shared)
             t = (self.num_threads, self.max_tokens)
             self._moe.memory.reserve(lib.fomoe_moe_bytes(*t, plan.shape, plan.shared_ff))
-        self._checked(len(routing.h))
         return CpuMoeCall(self._moe, plan, routing)
 
 

@@ -38,10 +38,23 @@ def moe_shape(spec: MoeSpec) -> Any:
 class MoeEngine:
     """What the calls of one CpuOps share: threads, memory, and which call is the live one."""
 
-    def __init__(self, pool: Any, serial: Any, views: Views) -> None:
+    def __init__(self, pool: Any, serial: Any, views: Views, max_tokens: int) -> None:
         self.pool, self.serial, self.views = pool, serial, views
+        self.max_tokens = max_tokens
         self.memory = Scratch()
         self.live: CpuMoeCall | None = None
+        self.routed: tuple[Any, Any, Any, Any] = (None, None, None, None)
+
+    def pick_pointers(self, routing: Routing, shape: tuple[int, int]) -> tuple[Any, Any, Any, Any]:
+        """ids and weights as contiguous arrays of that shape, and their C pointers. What route made
+        is known; what took its place is checked."""
+        routed = self.routed
+        if routing.ids is routed[0] and routing.weights is routed[1]:
+            return routed
+        assert routing.ids.shape == routing.weights.shape == shape
+        ids = np.ascontiguousarray(routing.ids, np.int32)
+        weights = np.ascontiguousarray(routing.weights, np.float32)
+        return ids, weights, ffi.from_buffer(_IDS, ids), ffi.from_buffer(_FLOATS, weights)
 
 
 class MoePlan:
@@ -84,11 +97,10 @@ class CpuMoeCall:
         top_k, hidden = plan.shape_key
         h = engine.views.of(routing.h)
         assert h.cols == hidden
-        assert routing.ids.shape == routing.weights.shape == (h.rows, top_k)
-        ids = np.ascontiguousarray(routing.ids, np.int32)
-        weights = np.ascontiguousarray(routing.weights, np.float32)
+        assert h.rows <= engine.max_tokens, (h.rows, engine.max_tokens)
+        picks = engine.pick_pointers(routing, (h.rows, top_k))
         self._engine, self._plan = engine, plan
-        self._keep = (h, ids, weights)
+        self._keep = (h, picks)
         self._shared_left = plan.has_shared
         self._moe = lib.fomoe_moe_begin(
             engine.memory.pointer,
@@ -101,8 +113,8 @@ class CpuMoeCall:
             h.pointer,
             h.ld,
             h.rows,
-            ffi.from_buffer(_IDS, ids),
-            ffi.from_buffer(_FLOATS, weights),
+            picks[2],
+            picks[3],
         )
         engine.live = self
 
