@@ -9,7 +9,8 @@
 
 typedef struct {
     int num_queries;
-    float *qt, *block, *scores, *out; /* [head_dim][QUERIES], [KEY_BLOCK][head_dim], [KEY_BLOCK][QUERIES], ... */
+    int stride; /* num_queries in whole vectors of any ISA */
+    float *qt, *block, *scores, *out; /* [head_dim][stride], [KEY_BLOCK][head_dim], [KEY_BLOCK][stride], [queries][head_dim] */
     float top[QUERIES], sum[QUERIES], shrink[QUERIES];
 } attention_tile;
 
@@ -157,15 +158,16 @@ static void attend_task(void *arg, int index, int thread)
     int d = a->head_dim;
     attention_tile *tile = (attention_tile *)(job->tiles + thread * job->tile_bytes);
     tile->num_queries = task->num;
+    tile->stride = (task->num + 15) & ~15;
     tile->qt = (float *)((char *)tile + ALIGN64(sizeof *tile));
     tile->block = tile->qt + (size_t)d * QUERIES;
     tile->scores = tile->block + (size_t)d * KEY_BLOCK;
     tile->out = tile->scores + KEY_BLOCK * QUERIES;
-    memset(tile->qt, 0, (size_t)d * QUERIES * sizeof(float));
+    memset(tile->qt, 0, (size_t)d * tile->stride * sizeof(float));
     for (int r = 0; r < task->num; r++) {
         const float *q = query_row(job, task, r);
         for (int i = 0; i < d; i++)
-            tile->qt[i * QUERIES + r] = q[i];
+            tile->qt[i * tile->stride + r] = q[i];
     }
     job->tile_keys(a, tile, seg->pages, task->kv_head, task->key_begin, task->key_end, task->query, seg->position,
                    job->group);

@@ -20,18 +20,18 @@ static const float *ISA(cache_rows)(const fomoe_attention *a, const void *cache,
     return block;
 }
 
-/* One block of scores [n][QUERIES] -> probabilities, with the running maximum and sum of every query. Returns whether
+/* One block of scores [n][stride] -> probabilities, with the running maximum and sum of every query. Returns whether
  * any maximum moved; `shrink` then says by how much what was summed so far must be scaled. */
-static int ISA(softmax_block)(float *s, int n, int num_queries, float *top, float *sum, float *shrink)
+static int ISA(softmax_block)(float *s, int n, int stride, float *top, float *sum, float *shrink)
 {
     int moved = 0;
-    for (int r = 0; r < num_queries; r += VW) {
+    for (int r = 0; r < stride; r += VW) {
         vf old = vf_load(top + r), m = old, total = vf_set1(0.0f);
         for (int j = 0; j < n; j++)
-            m = vf_max(m, vf_load(s + j * QUERIES + r));
+            m = vf_max(m, vf_load(s + j * stride + r));
         for (int j = 0; j < n; j++) {
-            vf p = vf_exp(vf_sub(vf_load(s + j * QUERIES + r), m));
-            vf_store(s + j * QUERIES + r, p);
+            vf p = vf_exp(vf_sub(vf_load(s + j * stride + r), m));
+            vf_store(s + j * stride + r, p);
             total = vf_add(total, p);
         }
         vf factor = vf_exp(vf_sub(old, m));
@@ -44,7 +44,7 @@ static int ISA(softmax_block)(float *s, int n, int num_queries, float *top, floa
     return moved;
 }
 
-/* The queries t->qt [head_dim][QUERIES] over keys [begin, end). Query r is token (first_query + r) / group of a segment
+/* The queries t->qt [head_dim][stride] over keys [begin, end). Query r is token (first_query + r) / group of a segment
  * that starts at `position`. */
 static void ISA(tile_keys)(const fomoe_attention *a, attention_tile *t, const int32_t *pages, int kv_head, int begin,
                            int end, int first_query, int position, int group)
@@ -60,20 +60,19 @@ static void ISA(tile_keys)(const fomoe_attention *a, attention_tile *t, const in
         n = end - key < KEY_BLOCK ? end - key : KEY_BLOCK;
         n = n < left ? n : left;
         const float *k = ISA(cache_rows)(a, a->k_cache, pages, kv_head, key, n, t->block);
-        int width = (t->num_queries + VW - 1) / VW * VW;
-        gemm(n, width, d, k, d, 1, t->qt, QUERIES, t->scores, QUERIES, 0);
+        gemm(n, t->stride, d, k, d, 1, t->qt, t->stride, t->scores, t->stride, 0);
         for (int r = 0; r < t->num_queries; r++) { /* the causal mask: touches the last blocks only */
             int visible = position + (first_query + r) / group + 1 - key;
             for (int j = visible > 0 ? visible : 0; j < n; j++)
-                t->scores[j * QUERIES + r] = -INFINITY;
+                t->scores[j * t->stride + r] = -INFINITY;
         }
-        if (ISA(softmax_block)(t->scores, n, t->num_queries, t->top, t->sum, t->shrink))
+        if (ISA(softmax_block)(t->scores, n, t->stride, t->top, t->sum, t->shrink))
             for (int r = 0; r < t->num_queries; r++)
                 for (int i = 0; i < d; i += VW)
                     vf_store_upto(t->out + r * d + i,
                                   vf_mul(vf_load_upto(t->out + r * d + i, d - i), vf_set1(t->shrink[r])), d - i);
         const float *v = ISA(cache_rows)(a, a->v_cache, pages, kv_head, key, n, t->block);
-        gemm(t->num_queries, d, n, t->scores, 1, QUERIES, v, d, t->out, d, 1);
+        gemm(t->num_queries, d, n, t->scores, 1, t->stride, v, d, t->out, d, 1);
     }
 }
 
