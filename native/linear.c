@@ -6,7 +6,7 @@
 #define TASKS_PER_THREAD 16
 #define TILE_ROWS 16 /* that the products with one token compute at a time */
 #define PREFILL_TOKENS 8 /* from here on arithmetic bounds a product, not the weights' bytes */
-#define PREFILL_ROWS 32
+#define PREFILL_TASKS_PER_THREAD 8
 
 #define ALIGN64(n) (((size_t)(n) + 63) & ~(size_t)63)
 
@@ -18,13 +18,15 @@ typedef struct {
     int first_task[FOMOE_LINEAR_MAX_PRODUCTS + 1];
 } linear_job;
 
+/* With many tokens, every product gathers its tokens once more: rows by the hundred pay, as long as the results of one
+ * task stay in the cache. */
 int fomoe_rows_per_task(int64_t row_bytes, int tokens, int64_t total_bytes, int num_threads)
 {
-    if (tokens >= PREFILL_TOKENS)
-        return PREFILL_ROWS;
-    int64_t bytes = total_bytes / (num_threads * TASKS_PER_THREAD);
+    int64_t bytes = total_bytes / (num_threads * (tokens < PREFILL_TOKENS ? TASKS_PER_THREAD : PREFILL_TASKS_PER_THREAD));
+    int most = FOMOE_TILE_FLOATS / (tokens < FOMOE_TOKEN_BLOCK ? tokens : FOMOE_TOKEN_BLOCK);
+    most = most < FOMOE_MAX_ROWS_PER_TASK ? most & -TILE_ROWS : FOMOE_MAX_ROWS_PER_TASK;
     int64_t rows = (bytes < LEAST_TASK_BYTES ? LEAST_TASK_BYTES : bytes) / row_bytes & -(int64_t)TILE_ROWS;
-    return rows < TILE_ROWS ? TILE_ROWS : rows > FOMOE_MAX_ROWS_PER_TASK ? FOMOE_MAX_ROWS_PER_TASK : (int)rows;
+    return rows < TILE_ROWS ? TILE_ROWS : rows > most ? most : (int)rows;
 }
 
 size_t fomoe_linear_scratch(int num_threads, int tokens, int cols)
