@@ -193,22 +193,27 @@ class Model:
         self._ops = builder.ops
         self._x = builder.ops.buffer(builder.max_tokens, hp.hidden)
         self._logits = builder.ops.buffer(min(builder.max_tokens, HEAD_ROWS), hp.vocab_size)
+        # The rows in use: the same view step after step, which backends may recognise.
+        self._x_rows, self._logits_rows = self._x[:0], self._logits[:0]
         self._norm = builder.vector(OUTPUT_NORM)
         self._output = builder.weight(hp.embedding if hp.tied_head else OUTPUT)
 
     def embed(self, rows: npt.NDArray[np.uint8]) -> A:
         """The residual stream [T, hidden] of embedding rows as they lie in the file, uint8
         [T, row_bytes]: a view of the model's own buffer, good until the next step."""
-        x = self._x[: len(rows)]
-        self._ops.embed(self.parameters.embedding_type, rows, x)
-        return x
+        if len(self._x_rows) != len(rows):
+            self._x_rows = self._x[: len(rows)]
+        self._ops.embed(self.parameters.embedding_type, rows, self._x_rows)
+        return self._x_rows
 
     def head(self, x: A) -> A:
         """Logits float32 [n, vocab] of at most HEAD_ROWS rows x [n, hidden]: a view of the model's
         own buffer, good until the next call."""
-        logits = self._logits[: len(x)]
-        self._ops.linear(x, [self._output], [logits], norm=self._norm, eps=self.parameters.eps)
-        return logits
+        if len(self._logits_rows) != len(x):
+            self._logits_rows = self._logits[: len(x)]
+        outs = [self._logits_rows]
+        self._ops.linear(x, [self._output], outs, norm=self._norm, eps=self.parameters.eps)
+        return self._logits_rows
 
 
 class Builder:
