@@ -22,12 +22,13 @@ import numpy.typing as npt
 from fomoe import host
 from fomoe.config import EngineOptions, parse_size
 from fomoe.errors import ClosedError, FomoeError, RequestError
-from fomoe.forward import Forward, StepCancelledError
+from fomoe.forward import ExpertLostError, Forward, StepCancelledError
 from fomoe.loading import Loaded, load
+from fomoe.memory import finish
 from fomoe.plan import MemoryPlan
 from fomoe.sampling import Sampler, Sampling
 from fomoe.scheduler import Chunk, Scheduler
-from fomoe.sequence import Sequence
+from fomoe.sequence import Output, Sequence
 from fomoe.stats import PhaseStats, Stats
 from fomoe.tokenizer import Tokenizer
 from fomoe.trace import Kind, Part
@@ -66,7 +67,9 @@ class Engine:
         self._scheduler = Scheduler(options.ubatch)
         self._stats = Stats(load_seconds=load_seconds, load_gb_per_second=loaded.load_gb_per_second)
         self._work = asyncio.Event()
-        self._closing = False
+        self._num_sequences = 0
+        self._ended = ""  # why nothing is computed any more
+        self._closing: asyncio.Task[None] | None = None
         self._runner = asyncio.create_task(self._run(), name="fomoe-engine")
 
     @staticmethod
@@ -139,26 +142,23 @@ class Engine:
         generation; others go on. Raises RequestError for a prompt that does not fit, ReadError when
         the drive fails.
         """
-        ids = self._encode(prompt)
+        ids = self.encode(prompt)
         room = self._loaded.states.capacity - len(ids)
-        if room < 1:
-            raise RequestError(
-                f"the prompt has {len(ids)} tokens, the context holds"
-                f" {self._loaded.states.capacity}: shorten the prompt or raise -c (--ctx-size)"
-            )
+        if max_tokens is not None and max_tokens < 0:
+            raise RequestError(f"max_tokens must be 0 or more, not {max_tokens}")
         limit = room if max_tokens is None else min(room, max_tokens)
-        if limit < 1:
+        if limit == 0:
             return
         stop_ids = frozenset() if ignore_eos else self.tokenizer.stop_ids
         sequence = Sequence(
             ids, sampler=Sampler(sampling or Sampling()), max_tokens=limit, stop_ids=stop_ids
         )
-        text = StopText(stop)
+        text = StopText([stop] if isinstance(stop, str) else stop)
         decoder = self.tokenizer.decoder()
         self._submit(sequence)
         try:
             while True:
-                output = await sequence.next_output()
+                output = await self._next_output(sequence)
                 ended = output.token in stop_ids
                 piece = "" if ended else decoder.push(output.token)
                 piece += decoder.flush() if output.last else ""
@@ -188,7 +188,7 @@ class Engine:
         self._submit(sequence)
         try:
             while True:
-                output = await sequence.next_output()
+                output = await self._next_output(sequence)
                 if output.logits is not None:
                     yield output.logits
                 if output.last:
@@ -215,7 +215,7 @@ class Engine:
                     raise RequestError(f"more tokens than the {max_tokens} that were announced")
                 sequence.extend(ids)
                 self._work.set()
-                output = await sequence.next_output()
+                output = await self._next_output(sequence)
                 assert output.logits is not None
                 yield output.logits[-1]
         finally:
@@ -239,18 +239,33 @@ class Engine:
         return self._stats
 
     async def close(self) -> None:
-        """End all generations; free the memory once neither kernel nor threads use it."""
-        if self._closing:
-            return
-        self._closing = True
-        for sequence in (*self._scheduler.waiting, *self._scheduler.running):
-            sequence.cancelled = True
+        """End all generations; free the memory once neither kernel nor threads use it. That cannot
+        be interrupted: who is cancelled meanwhile waits to its end. All callers do.
+        """
+        if self._closing is None:
+            self._ended = self._ended or "the engine is closed"
+            self._closing = asyncio.create_task(self._close(), name="fomoe-close")
+        await finish(self._closing)
+
+    async def _close(self) -> None:
+        for sequence in self._scheduler.running:
+            sequence.cancelled = True  # a step under way is left between two layers
         self._work.set()
         try:
             await self._runner
         finally:
             self._forward.close()
             await self._loaded.close()
+
+    def encode(self, prompt: str | AnySequence[int]) -> list[int]:
+        """The token ids of a prompt that the context has room to continue. Raises RequestError."""
+        ids = self._encode(prompt)
+        if len(ids) >= self._loaded.states.capacity:
+            raise RequestError(
+                f"the prompt has {len(ids)} tokens, the context holds"
+                f" {self._loaded.states.capacity}: shorten the prompt or raise -c (--ctx-size)"
+            )
+        return ids
 
     def _encode(self, prompt: str | AnySequence[int]) -> list[int]:
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
@@ -270,10 +285,17 @@ class Engine:
             )
 
     def _submit(self, sequence: Sequence) -> None:
-        if self._closing:
-            raise ClosedError("the engine is closed")
+        if self._ended:
+            raise ClosedError(self._ended)
+        self._num_sequences += 1
+        sequence.number = self._num_sequences
         self._scheduler.waiting.append(sequence)
         self._work.set()
+
+    async def _next_output(self, sequence: Sequence) -> Output:
+        output = await sequence.next_output()
+        self._work.set()  # the sequence may have been held up
+        return output
 
     def _cancel(self, sequence: Sequence) -> None:
         """The consumer left: the sequence is dropped between two layers or before its next step."""
@@ -297,38 +319,51 @@ class Engine:
                 sequence.fail(ClosedError("the generation was cancelled"))
 
     async def _run(self) -> None:
-        """Steps, one after the other, for as long as the engine is open."""
-        while True:
-            self._drop_ended()
-            self._scheduler.admit(self._admit)
-            self._drop_ended()
-            chunks = self._scheduler.next_step()
-            if chunks:
-                await self._step(chunks)
-                continue
-            if self._closing:
-                return
-            self._work.clear()
-            await self._work.wait()
+        """Steps, one after the other, for as long as the engine is open. However it ends, nobody is
+        left waiting.
+        """
+        try:
+            while not self._ended:
+                self._drop_ended()
+                self._scheduler.admit(self._admit)
+                self._drop_ended()
+                chunks = self._scheduler.next_step()
+                if chunks:
+                    await self._step(chunks)
+                else:
+                    self._work.clear()
+                    await self._work.wait()
+        except BaseException as error:
+            self._ended = self._ended or f"the engine stopped: {error!r}"
+            raise
+        finally:
+            for sequence in (*self._scheduler.running, *self._scheduler.waiting):
+                if not sequence.finished:
+                    sequence.fail(ClosedError(self._ended))
 
     async def _step(self, chunks: list[Chunk]) -> None:
         is_prompt = any(c.is_prompt for c in chunks)
         phase = self._stats.prompt if is_prompt else self._stats.generation
         before = _Mark(self._loaded)
+        num_tokens = 0
         try:
             logits = await self._forward.run(chunks)
+            num_tokens = sum(c.length for c in chunks)
         except StepCancelledError:
+            return
+        except ExpertLostError as lost:
+            for chunk in chunks:
+                if chunk in lost.chunks:
+                    chunk.sequence.fail(lost.error)
+                else:
+                    self._rewind(chunk.sequence)
             return
         except FomoeError as error:
             for chunk in chunks:
                 chunk.sequence.fail(error)
             return
-        except BaseException as error:
-            for chunk in chunks:
-                chunk.sequence.fail(ClosedError(f"the engine stopped: {error!r}"))
-            raise
         finally:
-            before.add_to(phase, sum(c.length for c in chunks))
+            before.add_to(phase, num_tokens)
         begin = time.perf_counter_ns()
         for chunk, rows in zip(chunks, logits, strict=True):
             if not chunk.sequence.cancelled:
@@ -336,6 +371,12 @@ class Engine:
         if self._loaded.tracer:
             end = time.perf_counter_ns()
             self._loaded.tracer.event(Kind.COMPUTE, begin, end, a=Part.SAMPLE)
+
+    def _rewind(self, sequence: Sequence) -> None:
+        """A step that failed for another sequence's sake has left this one's state undefined."""
+        assert sequence.state is not None
+        sequence.state.clear()
+        sequence.rewind()
 
 
 class Opening:

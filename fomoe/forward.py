@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from fomoe.errors import ReadError
 from fomoe.experts.store import ExpertStep, ExpertStore
 from fomoe.kernels.ops import KvCache, Routing, Segment
 from fomoe.memory import finish
@@ -42,6 +43,15 @@ _NOTHING_PREDICTED: tuple[int, int, list[int]] = (-1, 0, [])
 
 class StepCancelledError(Exception):
     """Nobody waits for the step any more; it was left between two layers."""
+
+
+class ExpertLostError(Exception):
+    """An expert could not be read: `error` says which. Only `chunks` had picked it."""
+
+    def __init__(self, error: ReadError, chunks: Sequence[Chunk]) -> None:
+        super().__init__(str(error))
+        self.error = error
+        self.chunks = chunks
 
 
 class Forward:
@@ -76,8 +86,8 @@ class Forward:
     async def run(self, chunks: Sequence[Chunk]) -> list[Logits]:
         """Compute a step; returns the logits [n, vocab] that each chunk's sequence wants, or None.
 
-        Raises ReadError, and StepCancelledError when every sequence was cancelled meanwhile. After
-        either, the state of the chunks' sequences is undefined.
+        Raises ReadError, ExpertLostError, and StepCancelledError when every sequence was cancelled
+        meanwhile. After any, the state of the chunks' sequences is undefined.
         """
         begin = time.perf_counter_ns()
         num_tokens = sum(c.length for c in chunks)
@@ -117,7 +127,7 @@ class Forward:
         x = await self._compute(Part.EMBED, -1, self._model.embed, rows)
         for layer, cache in zip(self._model.layers, self._caches, strict=True):
             await self._yield(chunks)
-            await self._layer(layer, cache, x, segments, audit)
+            await self._layer(layer, cache, x, chunks, segments, audit)
         return [
             await self._logits(chunk, x, s.start) for chunk, s in zip(chunks, segments, strict=True)
         ]
@@ -142,6 +152,7 @@ class Forward:
         layer: Layer,
         cache: KvCache | None,
         x: Any,
+        chunks: Sequence[Chunk],
         segments: Sequence[Segment],
         audit: bool,
     ) -> None:
@@ -173,6 +184,11 @@ class Forward:
                 await self._compute(Part.LANDED, index, call.run, landed, experts=len(landed))
                 step.computed(landed)
             await self._compute(Part.FINISH, index, call.finish, x)
+        except ReadError as error:
+            lost = (routing.ids == step.lost).any(axis=1)  # [tokens]
+            needed = [lost[s.start : s.start + s.length].any() for s in segments]
+            concerned = [chunk for chunk, need in zip(chunks, needed, strict=True) if need]
+            raise ExpertLostError(error, concerned) from error
         finally:
             step.close()
         if self._read_ahead and below and not audit and self._residency.predicts():

@@ -56,6 +56,8 @@ class Scheduler:
         chunks = []
         by_need = sorted(self.running, key=lambda s: s.num_pending > 1)
         for sequence in by_need:
+            if sequence.is_held_up:
+                continue
             length = min(sequence.num_pending, room)
             if sequence.stepwise:
                 length = min(length, 1)

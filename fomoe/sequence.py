@@ -17,6 +17,9 @@ from fomoe.errors import FomoeError
 from fomoe.sampling import Sampler
 from fomoe.state import SequenceState
 
+# Generated tokens that wait for their consumer before the sequence does.
+_MAX_UNREAD = 256
+
 
 @dataclass(frozen=True, slots=True)
 class Output:
@@ -61,11 +64,18 @@ class Sequence:
         self.cancelled = False
         self.finished = False
         self._outputs: asyncio.Queue[Output | FomoeError] = asyncio.Queue()
+        # A consumer that falls behind holds its sequence up: logits take megabytes a row.
+        self._max_unread = _MAX_UNREAD if sampler else 1
 
     @property
     def num_pending(self) -> int:
         """Known tokens that have not been computed."""
         return len(self.tokens) - self.num_computed
+
+    @property
+    def is_held_up(self) -> bool:
+        """The consumer has not taken what was computed for it."""
+        return self._outputs.qsize() >= self._max_unread
 
     @property
     def wants_all_logits(self) -> bool:
@@ -93,6 +103,11 @@ class Sequence:
             self.tokens.append(token)
             self.finished = token in self.stop_ids or len(self.tokens) >= self.max_total
             self._outputs.put_nowait(Output(token=token, last=self.finished))
+
+    def rewind(self) -> None:
+        """What was computed is lost: compute it anew. What was given out is not given out again."""
+        self.logits_from = max(self.logits_from, self.num_computed)
+        self.num_computed = 0
 
     def fail(self, error: FomoeError) -> None:
         """End the sequence with an error that its consumer will see."""

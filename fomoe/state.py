@@ -54,6 +54,13 @@ class SequenceState:
     pages: npt.NDArray[np.int32]
     delta: list[DeltaState | None]
 
+    def clear(self) -> None:
+        """As before the first token. Pages need nothing: what is read of them is written before."""
+        for state in self.delta:
+            if state is not None:
+                state.conv[...] = 0
+                state.s[...] = 0
+
 
 class StatePool:
     """The caches of an engine. A sequence takes all it may ever need when it starts, so that
@@ -85,7 +92,7 @@ class StatePool:
                     if d
                     else None
                 )
-        self.capacity = len(self._free_pages) * PAGE_TOKENS
+        self.capacity = context
 
     def take(self, num_tokens: int) -> SequenceState | None:
         """State for a sequence of at most `num_tokens`, or None until others give theirs back."""
@@ -93,12 +100,9 @@ class StatePool:
         if pages > len(self._free_pages) or not self._free_states:
             return None
         table = np.array([self._free_pages.pop() for _ in range(pages)], np.int32)
-        states = self._free_states.pop()
-        for state in states:
-            if state is not None:
-                state.conv[...] = 0
-                state.s[...] = 0
-        return SequenceState(pages=table, delta=states)
+        state = SequenceState(pages=table, delta=self._free_states.pop())
+        state.clear()
+        return state
 
     def give(self, state: SequenceState) -> None:
         self._free_pages.extend(state.pages.tolist())

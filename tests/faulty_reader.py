@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -14,10 +14,14 @@ from fomoe.io.reader import Priority, Reader, ReadRequest
 
 class FaultyReader:
     """Passes requests to `reader`, and their landings back after a random delay of at most
-    `max_delay_s`; one in `fail_one_in` (0: none) is reported as EIO although its bytes came."""
+    `max_delay_s`; those that `fails` are reported as EIO although their bytes came."""
 
     def __init__(
-        self, reader: Reader, seed: int, max_delay_s: float = 0.002, fail_one_in: int = 0
+        self,
+        reader: Reader,
+        seed: int,
+        max_delay_s: float = 0.002,
+        fails: Callable[[ReadRequest], bool] = lambda request: False,
     ) -> None:
         self.name = reader.name
         self.direct = reader.direct
@@ -26,7 +30,7 @@ class FaultyReader:
         self._reader = reader
         self._rng = random.Random(seed)
         self._max_delay_s = max_delay_s
-        self._fail_one_in = fail_one_in
+        self._fails = fails
         self._inner: dict[ReadRequest, ReadRequest] = {}
         self._empty: asyncio.Event | None = None
 
@@ -56,7 +60,7 @@ class FaultyReader:
     def _done(self, request: ReadRequest, landed: ReadRequest) -> None:
         del self._inner[request]
         request.error = landed.error
-        if self._fail_one_in and self._rng.randrange(self._fail_one_in) == 0:
+        if self._fails(request):
             request.error = OSError(errno.EIO, f"injected for {request.what}")
         request.cancelled = landed.cancelled
         request.submitted_ns = landed.submitted_ns

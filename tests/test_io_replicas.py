@@ -7,6 +7,7 @@ import errno
 import heapq
 import itertools
 import os
+import random
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -279,7 +280,8 @@ def test_late_and_failing_landings_do_no_harm(tmp_path: Path, way: Io) -> None:
             open_rig([tmp_path / "a"], way, arena_bytes=32 << 20) as one,
             open_rig([tmp_path / "a"], way) as two,
         ):
-            faulty = FaultyReader(one.reader, 1, fail_one_in=20)
+            failing = random.Random(1)
+            faulty = FaultyReader(one.reader, 1, fails=lambda _: failing.randrange(20) == 0)
             reader = ReplicaReader([faulty, FaultyReader(two.reader, 2)], ["one", "two"])
             rig = Rig(reader, one.arena)
             entries = []

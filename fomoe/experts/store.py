@@ -322,7 +322,7 @@ class ExpertStore:
         if request.error or request.cancelled:
             self._forget(state, expert)
             if state.step and expert in state.step.waiting:
-                state.step.fail(_read_error(request))
+                state.step.fail(expert, _read_error(request))
             return
         self.stats.expert_reads += 1
         self.stats.expert_bytes += state.layout.expert_bytes
@@ -422,6 +422,7 @@ class ExpertStep:
         self._begin_ns = time.perf_counter_ns()
         self._waker: asyncio.Future[None] | None = None
         self._error: ReadError | None = None
+        self.lost = -1  # the expert that could not be read
 
     def expect_late(self, expert: int) -> None:
         """A read that was started ahead has not landed yet."""
@@ -478,7 +479,8 @@ class ExpertStep:
         if self._waker is not None and not self._waker.done():
             self._waker.set_result(None)
 
-    def fail(self, error: ReadError) -> None:
+    def fail(self, expert: int, error: ReadError) -> None:
+        self.lost = expert
         self._error = error
         self.wake()
 
