@@ -26,7 +26,7 @@ from fomoe.memory import finish
 from fomoe.models import HEAD_ROWS, Layer, Model
 from fomoe.residency import Residency
 from fomoe.scheduler import Chunk
-from fomoe.trace import Kind, Part, Reason, Tracer
+from fomoe.trace import Kind, Part, Reason, Stretch, Tracer
 from fomoe.weights import EmbeddingRows
 
 R = TypeVar("R")
@@ -79,6 +79,7 @@ class Forward:
         self._inline = True
         self._yielded_ns = 0
         self._predicted = _NOTHING_PREDICTED
+        self._stretches: list[Stretch] = []  # of the layer that is being computed, for the tracer
 
     def close(self) -> None:
         self._thread.shutdown()
@@ -94,6 +95,7 @@ class Forward:
         self._inline = num_tokens <= _INLINE_TOKENS
         self._yielded_ns = begin
         ids = [t for c in chunks for t in c.sequence.tokens[c.start : c.start + c.length]]
+        self._stretches.clear()
         reads_rows = self._embedding.must_read(ids)
         rows = await self._embedding.rows(ids)
         if self._tracer and reads_rows:
@@ -113,6 +115,7 @@ class Forward:
             is_prompt = any(c.is_prompt for c in chunks)
             end = time.perf_counter_ns()
             clock = self._store.clock - num_tokens
+            self._tracer.flush()
             self._tracer.event(Kind.STEP, begin, end, token=clock, a=num_tokens, b=is_prompt)
         return logits
 
@@ -197,7 +200,8 @@ class Forward:
             self._residency.predicted(index + 1, guess)
         if self._tracer:
             end = time.perf_counter_ns()
-            self._tracer.event(Kind.LAYER, begin, end, index, -1, self._store.clock)
+            self._tracer.layer(begin, end, index, self._store.clock, self._stretches)
+            self._stretches = []
 
     async def _predict(self, layer: Layer, x: Any) -> list[int]:
         """Experts that a layer will probably need, the most wanted first: its own router's word on
@@ -253,8 +257,11 @@ class Forward:
             future = asyncio.get_running_loop().run_in_executor(self._thread, call, *args)
             result = await finish(future)
         if self._tracer:
-            end, clock = time.perf_counter_ns(), self._store.clock
-            self._tracer.event(Kind.COMPUTE, begin, end, layer, -1, clock, a=part, b=experts)
+            end = time.perf_counter_ns()
+            if layer < 0:
+                self._tracer.event(Kind.COMPUTE, begin, end, -1, -1, self._store.clock, part)
+            else:
+                self._stretches.append((part, layer, begin, end, experts))
         return result
 
     async def _yield(self, chunks: Sequence[Chunk]) -> None:

@@ -1,8 +1,8 @@
 """The recorder: what happened when, as fixed-size records in a ring of bounded size.
 
-Owns: the format of a recording, both ways. The ring is a file mapped shared, so that a run which is
-killed leaves all it recorded. Does not know: the engine, or what the records add up to
-(`fomoe.trace_report`).
+Owns: the format of a recording, and writing it. The ring is a file mapped shared, so that a run
+which is killed leaves what it recorded. Does not know: the engine, or how recordings are read
+(`fomoe.tracing`).
 """
 
 from __future__ import annotations
@@ -17,20 +17,21 @@ import os
 import struct
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Self
 
 import numpy as np
 import numpy.typing as npt
 
-from fomoe.errors import FormatError, RequestError
+from fomoe.errors import RequestError
 
 MAGIC: Final = b"fomoeTRC"
 VERSION: Final = 1
 HEADER_BYTES: Final = 1 << 16  # fixed head, then the description as JSON
 HEAD: Final = struct.Struct("<8sIIIIQQ")  # magic, version, header, record, json bytes, slots, total
 RECORD: Final = struct.Struct("<qqqqiihHI")
+PICKS: Final = struct.Struct("<qq8HiihHI")  # a and b as eight picks
+PARTS: Final = struct.Struct("<qqIIIIiihHI")  # a, b and expert as five durations
 RECORD_BYTES: Final = RECORD.size
 RECORD_TYPE: Final = np.dtype(
     [
@@ -69,6 +70,9 @@ class Kind(enum.IntEnum):
     EVICT = 8  # an expert left its slot
     PREDICT = 9  # begin = predicted, end = routed, a = experts predicted, b = of them picked
     SUBSTITUTE = 10  # `expert` was replaced by expert a; b = probability moved, in millionths
+    # What is written for the most frequent events, and read back as the plain records above:
+    LAYER_PARTS = 11  # LAYER without stalls, with the nanoseconds of COMPACT_PARTS
+    PICKS = 12  # USEs of one token, eight a record: expert * 4 + Source, or NO_PICK
 
 
 class Part(enum.IntEnum):
@@ -105,11 +109,36 @@ class Reason(enum.IntEnum):
     FILE = 5  # another read than an expert's, such as embedding rows
 
 
+COMPACT_PARTS: Final = (Part.MIX, Part.ROUTE, Part.RESIDENT, Part.SHARED, Part.FINISH)
+NO_PICK: Final = 0xFFFF
+_NO_PICKS: Final = (NO_PICK,) * 8
+# An enum's member costs a look-up each time it is named.
+_LAYER, _COMPUTE, _LAYER_PARTS, _PICKS = map(
+    int, (Kind.LAYER, Kind.COMPUTE, Kind.LAYER_PARTS, Kind.PICKS)
+)
+_MAX_COMPACT_NS: Final = 2**31
+_FLUSH_NS: Final = 10_000_000
+_pack_picks, _pack_parts = PICKS.pack_into, PARTS.pack_into
+
+# Part, layer, begin, end, number of experts
+Stretch = tuple[int, int, int, int, int]
+
+
 class Tracer:
     """Records events of one run. `event` may be called from any thread; it costs 0.4 microseconds
     (2-core AVX-512 server; storing a numpy record instead costs a fifth more)."""
 
-    __slots__ = ("_capacity", "_description", "_map", "_next", "_pack", "path")
+    __slots__ = (
+        "_capacity",
+        "_description",
+        "_flushed_ns",
+        "_layers",
+        "_map",
+        "_next",
+        "_pack",
+        "_picks",
+        "path",
+    )
 
     def __init__(self, path: Path, ring: mmap.mmap, capacity: int) -> None:
         self.path = path
@@ -118,6 +147,9 @@ class Tracer:
         self._next = itertools.count().__next__  # atomic: threads never share a slot
         self._pack = RECORD.pack_into
         self._description: dict[str, Any] = {}
+        self._layers: list[tuple[int, int, int, int, list[Stretch]]] = []
+        self._picks: list[tuple[int, int, int, list[int]]] = []
+        self._flushed_ns = 0
 
     @classmethod
     def create(
@@ -186,10 +218,64 @@ class Tracer:
         serial = n + 1 & 0xFFFFFFFF
         self._pack(self._map, at, begin_ns, end_ns, a, b, token, expert, layer, kind, serial)
 
+    def layer(
+        self, begin_ns: int, end_ns: int, layer: int, token: int, stretches: list[Stretch]
+    ) -> None:
+        """Record a LAYER and its stretches of COMPUTE (the list is the tracer's from here on): one
+        record where nothing was waited for.
+
+        Written at the end of the step, or 10 ms later: in the midst of a step a record meets cold
+        caches and costs 3 to 10 microseconds, among its like 0.4 to 1. For the same reason a layer
+        without stalls is one record, not seven.
+        """
+        self._layers.append((begin_ns, end_ns, layer, token, stretches))
+        if end_ns - self._flushed_ns > _FLUSH_NS:
+            self.flush()
+            self._flushed_ns = end_ns
+
+    def picks(self, at_ns: int, layer: int, token: int, picks: list[int]) -> None:
+        """Record the USEs of one token, each given as expert * 4 + Source (experts < 16383)."""
+        self._picks.append((at_ns, layer, token, picks))
+
+    def flush(self) -> None:
+        """Write what layer() and picks() noted. Before a STEP is recorded: what is deferred stays
+        within its step, so that a reader can tell which steps are complete."""
+        for at, layer, token, picks in self._picks:
+            for i in range(0, len(picks), 8):
+                eight = picks[i : i + 8]
+                eight += _NO_PICKS[len(eight) :]
+                n = self._next()
+                place = HEADER_BYTES + n % self._capacity * RECORD_BYTES
+                serial = n + 1 & 0xFFFFFFFF
+                _pack_picks(self._map, place, at, at, *eight, token, -1, layer, _PICKS, serial)
+        self._picks.clear()
+        for noted in self._layers:
+            self._write_layer(*noted)
+        self._layers.clear()
+
+    def _write_layer(
+        self, begin: int, end: int, layer: int, token: int, stretches: list[Stretch]
+    ) -> None:
+        parts = [0] * (Part.DENSE + 1)
+        for part, _, since, until, _ in stretches:
+            parts[part] += until - since
+        _, embed, mix, route, resident, landed, shared, finish, head, sample, dense = parts
+        if embed or landed or head or sample or dense or end - begin >= _MAX_COMPACT_NS:
+            for part, of, since, until, experts in stretches:
+                self.event(_COMPUTE, since, until, of, -1, token, part, experts)
+            self.event(_LAYER, begin, end, layer, -1, token)
+            return
+        n = self._next()
+        place = HEADER_BYTES + n % self._capacity * RECORD_BYTES
+        five = (mix, route, resident, shared, token, finish)
+        serial = n + 1 & 0xFFFFFFFF
+        _pack_parts(self._map, place, begin, end, *five, layer, _LAYER_PARTS, serial)
+
     def close(self) -> None:
         """Finish the recording. Idempotent; no event may follow."""
         if self._map.closed:
             return
+        self.flush()
         json_bytes = HEAD.unpack_from(self._map)[4]
         self._write_head(json_bytes, self._next())
         self._map.close()
@@ -203,79 +289,6 @@ class Tracer:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Recording:
-    """A recording as read back: `records` of RECORD_TYPE in the order they were made.
-
-    `dropped`: older records that the ring had no room for. `damaged`: slots that hold no sensible
-    record and were left out. `closed`: the run ended by itself.
-    """
-
-    path: Path
-    info: Mapping[str, Any]
-    records: Records
-    dropped: int
-    damaged: int
-    closed: bool
-
-
-def read_recording(path: str | os.PathLike[str]) -> Recording:
-    """Read a recording, also of a run that was killed or still goes on.
-
-    Raises FormatError when it is no recording or is cut short, RequestError when it cannot be read.
-    """
-    path = Path(path)
-    try:
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            info, capacity, total = _read_head(path, file.read(HEADER_BYTES), size)
-            raw = np.fromfile(file, dtype=RECORD_TYPE, count=capacity)
-    except OSError as error:
-        raise RequestError(f"cannot read {path}: {error.strerror or error}") from error
-    written = raw[raw["serial"] != 0]
-    kinds = np.array(list(Kind), dtype=np.uint16)
-    records = written[(written["end"] >= written["begin"]) & np.isin(written["kind"], kinds)]
-    serial = records["serial"].astype(np.int64)
-    if serial.size and serial.max() - serial.min() > capacity:  # passed 2**32 on the way
-        serial[serial < 2**31] += 2**32
-    order = np.argsort(serial)
-    last = total or (int(serial[order[-1]]) if serial.size else 0)
-    return Recording(
-        path=path,
-        info=info,
-        records=records[order],
-        dropped=max(0, last - written.size),
-        damaged=written.size - records.size,
-        closed=total > 0,
-    )
-
-
-def _read_head(path: Path, head: bytes, size: int) -> tuple[dict[str, Any], int, int]:
-    """The description, the ring's capacity, and the number of records made (0: never closed)."""
-    if len(head) < HEAD.size or head[:8] != MAGIC:
-        raise FormatError(f"{path} is not a recording of fomoe (made with --trace FILE)")
-    _, version, header_bytes, record_bytes, json_bytes, capacity, total = HEAD.unpack_from(head)
-    if version != VERSION:
-        raise FormatError(
-            f"{path} is a recording of version {version}, and this fomoe reads {VERSION}:"
-            " use the fomoe that made it, or record anew"
-        )
-    if (header_bytes, record_bytes) != (HEADER_BYTES, RECORD.size):
-        raise FormatError(f"{path}: the head of the recording is damaged; record anew")
-    needed = header_bytes + capacity * record_bytes
-    if size < needed:
-        raise FormatError(
-            f"{path} is cut short: {size} of {needed} bytes; copy the whole file, or record anew"
-        )
-    try:
-        info = json.loads(head[HEAD.size : HEAD.size + json_bytes])
-    except ValueError as error:
-        raise FormatError(f"{path}: the description of the recording is damaged") from error
-    if not isinstance(info, dict):
-        raise FormatError(f"{path}: the description of the recording is damaged")
-    return info, capacity, total
 
 
 def _remove_recording(path: Path) -> None:

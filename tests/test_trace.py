@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from fomoe.errors import FormatError, RequestError
-from fomoe.trace import HEAD, HEADER_BYTES, RECORD, Kind, Tracer, read_recording
+from fomoe.trace import HEAD, HEADER_BYTES, RECORD, Kind, Part, Source, Tracer
+from fomoe.tracing.recording import read_recording
 
 
 def test_round_trip(tmp_path: Path) -> None:
@@ -155,3 +156,31 @@ def test_the_head_is_strict_json(tmp_path: Path) -> None:
     assert loaded["drive_gbps"] is None
     assert (loaded["path"], loaded["sizes"]) == ("x", [1, 2])
     assert abs(loaded["clock"]["unix_ns"] - time.time_ns()) < 60e9
+
+
+def test_compact_records_read_back_as_plain_ones(tmp_path: Path) -> None:
+    quiet = [(Part.MIX, 3, 0, 40, 0), (Part.ROUTE, 3, 45, 50, 0), (Part.RESIDENT, 3, 60, 80, 9)]
+    stalled = [*quiet, (Part.LANDED, 3, 90, 95, 1)]
+    picks = [4 * e + Source.MISSING for e in (0, 16000, *range(1, 10))]
+    with Tracer.create(tmp_path / "t", capacity=99, info={}) as tracer:
+        tracer.picks(55, 3, 7, picks)
+        tracer.layer(0, 100, 3, 7, list(quiet))
+        tracer.flush()
+        tracer.layer(0, 100, 3, 7, list(stalled))
+        tracer.event(Kind.READ, 1, 2)  # made before the layer is written
+    records = read_recording(tmp_path / "t").records
+    kinds = [Kind(int(k)) for k in records["kind"]]
+    assert kinds == [Kind.USE] * 11 + [Kind.COMPUTE] * 3 + [Kind.LAYER, Kind.READ] + [
+        Kind.COMPUTE
+    ] * 4 + [Kind.LAYER]
+    uses, compute, exact = records[:11], records[11:14], records[16:20]
+    assert uses["expert"].tolist() == [p // 4 for p in picks]
+    assert set(uses["b"].tolist()) == {Source.MISSING}
+    assert compute["a"].tolist() == [Part.MIX, Part.ROUTE, Part.RESIDENT]
+    assert (compute["end"] - compute["begin"]).tolist() == [40, 5, 20]
+    assert (compute["begin"][1:] >= compute["end"][:-1]).all()
+    assert compute["end"][-1] <= 100
+    assert exact["begin"].tolist() == [0, 45, 60, 90]
+    assert exact["b"].tolist() == [0, 0, 9, 1]
+    assert set(records["token"][:15].tolist()) == {7}
+    assert records["expert"][14] == -1

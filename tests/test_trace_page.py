@@ -17,8 +17,9 @@ import pytest
 from chromium import Chromium, find_chromium
 from recordings import record
 
-from fomoe.trace import Kind, Tracer, read_recording
+from fomoe.trace import Kind, Tracer
 from fomoe.tracing.page import fill_page, kept_steps, page_data
+from fomoe.tracing.recording import read_recording
 from fomoe.tracing.summary import Summary, summarise
 
 TOOL = Path(__file__).parent.parent / "tools" / "trace"

@@ -19,9 +19,10 @@ from recordings import EXPERT_BYTES, record
 from toy import K_TOY, write_toy
 
 from fomoe import BudgetError, Engine, Sampling, Stats
-from fomoe.trace import Kind, Part, Reason, Source, Tracer, read_recording
+from fomoe.trace import Kind, Part, Reason, Source, Tracer
 from fomoe.tracing.intervals import covered, following, lanes, union
 from fomoe.tracing.layers import expert_counts
+from fomoe.tracing.recording import read_recording
 from fomoe.tracing.summary import Summary, as_json, summarise
 from fomoe.tracing.text import render
 

@@ -192,17 +192,13 @@ class ExpertStore:
         # A passing step is not part of what is counted.
         stats = StoreStats() if passing else self.stats
         address, loading = state.address, state.loading
-        now = time.perf_counter_ns()
         stats.uses += len(experts)
         missing = []
         for expert, count in zip(experts, counts, strict=True):
             stats.picks += count
-            source = Source.RESIDENT
             if not address[expert]:
-                source = Source.MISSING
                 missing.append(expert)
             elif expert in loading:
-                source = Source.IN_FLIGHT
                 stats.late += 1
                 step.expect_late(expert)
                 self._promote(state, expert)
@@ -210,14 +206,36 @@ class ExpertStore:
                 stats.hits += 1
                 stats.pick_hits += count
                 step.landed_experts.append(expert)
-            if self._tracer:
-                self._tracer.event(Kind.USE, now, now, layer, expert, self.clock, a=count, b=source)
+        if self._tracer and not passing:
+            self._note_picks(self._tracer, state, experts, counts, missing)
         if state.transit:
             self._drop_unwanted_transit(state)
         if missing:
             step.pending.extend(missing)
             self._read_pending(state, step)
         return step
+
+    def _note_picks(
+        self,
+        tracer: Tracer,
+        state: _Layer,
+        experts: Sequence[int],
+        counts: Sequence[int],
+        missing: Sequence[int],
+    ) -> None:
+        now, layer, late = time.perf_counter_ns(), state.index, state.loading.keys()
+        codes = [e * 4 for e in experts]
+        if missing or late:
+            absent = frozenset(missing)
+            codes = [
+                e * 4 + (Source.MISSING if e in absent else Source.IN_FLIGHT if e in late else 0)
+                for e in experts
+            ]
+        if sum(counts) == len(counts):
+            tracer.picks(now, layer, self.clock, codes)
+            return
+        for code, count in zip(codes, counts, strict=True):
+            tracer.event(Kind.USE, now, now, layer, code >> 2, self.clock, count, code & 3)
 
     def _promote(self, state: _Layer, expert: int) -> None:
         if expert in state.ahead:

@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from fomoe.trace import Kind, Recording, Records
+from fomoe.trace import Kind, Records
 from fomoe.tracing.layers import LayerTimes, layer_table
 from fomoe.tracing.phases import Phase, phases
+from fomoe.tracing.recording import Recording
 from fomoe.tracing.stalls import NAMES, ReasonTotal, Stall, StallReasons
 from fomoe.tracing.timeline import StepTimes, Timeline, step_times, timeline
 

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from fomoe.trace import Kind, Recording, Records, Source
+from fomoe.trace import Kind, Records, Source
 from fomoe.tracing.intervals import I64, Spans, covered, union
+from fomoe.tracing.recording import Recording
 
 
 @dataclass(frozen=True, slots=True)
