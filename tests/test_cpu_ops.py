@@ -10,7 +10,9 @@ import numpy.typing as npt
 import pytest
 
 from fomoe.errors import UnsupportedError
+from fomoe.kernels import cpu_moe, cpu_plans
 from fomoe.kernels.cpu import ISA_NAMES, CpuOps
+from fomoe.kernels.cpu_arrays import Scratch
 from fomoe.kernels.ops import (
     AttentionSpec,
     DeltaSpec,
@@ -23,7 +25,7 @@ from fomoe.kernels.ops import (
 )
 from fomoe.kernels.reference import ReferenceOps
 from fomoe.kernels.table import F16, F32, Q8_0, QuantType
-from fomoe.native import lib
+from fomoe.native import ffi, lib
 
 Floats = npt.NDArray[np.float32]
 MAX_TOKENS = 256
@@ -441,6 +443,61 @@ def test_scratch_stays_within_what_was_planned() -> None:
     Recurrence(delta_spec()).step(ops, [MAX_TOKENS])
     assert ops.scratch_bytes == reserved
     ops.close()
+
+
+class GuardedScratch(Scratch):
+    """Scratch of exactly the bytes that were asked for, with marked bytes behind it."""
+
+    made: list[GuardedScratch]  # by the test that uses it
+
+    def reserve(self, num_bytes: int) -> bool:
+        if num_bytes <= self.num_bytes:
+            return False
+        self.num_bytes = num_bytes
+        memory = np.full(num_bytes + 4096 + 64, 0xA5, np.uint8)
+        start = -memory.ctypes.data % 64
+        self.guard = memory[start + num_bytes : start + num_bytes + 4096]
+        self.pointer = ffi.from_buffer("char[]", memory[start:])
+        self.made.append(self)
+        return True
+
+
+@pytest.mark.parametrize("tokens", [1, 9, 65])
+def test_steps_stay_within_the_scratch_they_ask_for(
+    tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(GuardedScratch, "made", [], raising=False)
+    for module in (cpu_plans, cpu_moe):
+        monkeypatch.setattr(module, "Scratch", GuardedScratch)
+    ops = CpuOps(3, tokens)
+    layer = Layer(moe_spec(gate_type=Q8_0, up_type=Q8_0, down_type=F32), tokens, True)
+    layer.output(ops, [ALL[:5], ALL[5:]])
+    for spec in SPECS.values():
+        sequences = Sequences(spec, [tokens + 600])
+        for _ in range(4):
+            sequences.step(ops, [min(tokens, 150)])
+    Recurrence(delta_spec()).step(ops, [tokens])
+    weight = ops.weight(matrix(rng(), 500, 96, Q8_0))
+    out = np.zeros((tokens, 500), np.float32)
+    ops.linear(layer.x, [weight], [out], norm=np.ones(96, np.float32), eps=1e-6)
+    ops.linear_add(layer.x, weight, out)
+    ops.route(moe_spec(), layer.x, np.ones(96, np.float32), 0, ops.weight(matrix(rng(), 12, 96)))
+    assert len(GuardedScratch.made) > 1
+    assert all((scratch.guard == 0xA5).all() for scratch in GuardedScratch.made)
+    ops.close()
+
+
+def test_many_short_runs_on_more_threads_than_cores(ops: CpuOps) -> None:
+    crowd = CpuOps(5, 1, ops.isa)
+    random = rng()
+    weight = crowd.weight(matrix(random, 400, 64))
+    x, out, want = normal(random, 1, 64), crowd.buffer(1, 400), crowd.buffer(1, 400)
+    ops.linear(x, [weight], [want])
+    for _ in range(2000):
+        out[:] = 0
+        crowd.linear(x, [weight], [out])
+        assert np.array_equal(out, want)
+    crowd.close()
 
 
 def test_unknown_isa_is_named() -> None:
