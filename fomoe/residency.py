@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fomoe.experts.backfill import BackfillQueue, BackfillStats
-from fomoe.experts.car import CacheAwareRouter, CarStats, Selection
+from fomoe.experts.car import CacheAwareRouter, CarStats, Selection, use_amounts
 from fomoe.experts.predict import Prefetcher, PrefetchStats, RecallMeter
 from fomoe.experts.routes import DECODE, PROMPT, RouteWriter
 from fomoe.experts.store import ExpertStore
@@ -127,7 +127,12 @@ class Residency:
             self._recorder.layer(layer, routing.ids, routing.weights, routing.logits)
         if self.uses is not None:
             np.add.at(self.uses[layer], routing.ids.ravel(), 1.0)
-        self._store.note_uses(layer, routing.ids, prompt=not self._decode)
+        self._store.note_uses(
+            layer,
+            routing.ids,
+            prompt=not self._decode,
+            amounts=use_amounts(routing.weights) if self._substituting else None,
+        )
         prediction = self._predictions.pop(layer, None)
         if prediction:
             self._judge(layer, prediction, set(routing.ids.ravel().tolist()))

@@ -9,7 +9,7 @@ import numpy.typing as npt
 import pytest
 
 from fomoe.errors import RequestError
-from fomoe.experts.car import CacheAwareRouter, CarOptions, CarStats
+from fomoe.experts.car import CacheAwareRouter, CarOptions, CarStats, use_amounts
 
 E, K = 64, 8
 F32 = npt.NDArray[np.float32]
@@ -149,6 +149,13 @@ def test_meter_of_audits() -> None:
     p = np.exp(logits) / np.exp(logits).sum()
     assert stats.audit_kl == pytest.approx(float((p * np.log(p / p[::-1])).sum()), rel=1e-5)
     assert (stats.audits, stats.audit_agreements) == (2, 1)
+
+
+def test_uses_count_by_weight() -> None:
+    weights = np.array([[0.6, 0.1, 0.1, 0.2], [3, 0, 0, 1]], np.float32)
+    expected = [[2.4, 0.4, 0.4, 0.8], [3, 0, 0, 1]]
+    np.testing.assert_allclose(use_amounts(weights), expected, rtol=1e-6)
+    assert not use_amounts(np.zeros((1, 4), np.float32)).any()
 
 
 def test_parse() -> None:

@@ -13,7 +13,7 @@ from replay import Drive
 from routings import Trace
 
 from fomoe.experts.cache import ExpertCache, make_policy
-from fomoe.experts.car import CacheAwareRouter, CarOptions, CarStats
+from fomoe.experts.car import CacheAwareRouter, CarOptions, CarStats, use_amounts
 
 
 @dataclass(slots=True)
@@ -53,6 +53,7 @@ def replay_car(
         reads = np.zeros(trace.layers, np.int64)
         logits = trace.logits[token].astype(np.float32)
         weights = trace.weights[token].astype(np.float32)
+        amounts = use_amounts(weights)
         for layer, cache in enumerate(caches):
             ids = trace.ids[token, layer : layer + 1]
             used = router.select(
@@ -62,7 +63,8 @@ def replay_car(
                 weights[layer : layer + 1],
                 cache.resident,
             )
-            cache.touch(ids[0], clock)  # the cache follows the router, not its stand-ins
+            # The cache follows the router, not its stand-ins.
+            cache.touch(ids[0], clock, 1.0 if options.rule == "off" else amounts[layer])
             demand = [e for e in used.ids[0].tolist() if not cache.resident[e]]
             busy = [*used.ids[0].tolist(), *ids[0].tolist()]
             reads[layer] = _read(cache, demand, busy)

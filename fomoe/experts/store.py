@@ -105,15 +105,24 @@ class ExpertStore:
         self._landing = asyncio.Event()
         self.clock = 0  # tokens seen; the time by which uses age
 
-    def note_uses(self, layer: int, ids: npt.NDArray[np.int32], *, prompt: bool) -> None:
+    def note_uses(
+        self,
+        layer: int,
+        ids: npt.NDArray[np.int32],
+        *,
+        prompt: bool,
+        amounts: npt.NDArray[np.float32] | None = None,
+    ) -> None:
         """The router of a layer picked ids [T, k] for tokens of prompts, or generated ones: one
-        event."""
+        event. `amounts` [T, k] weighs the picks, which otherwise count one each."""
         cache = self._layers[layer].cache
         if len(ids) == 1 and not prompt:
-            cache.touch(ids[0], self.clock)
-        else:
-            experts, counts = np.unique(ids, return_counts=True)
-            cache.touch(experts, self.clock, counts * (PROMPT_AMOUNT if prompt else 1.0))
+            cache.touch(ids[0], self.clock, 1.0 if amounts is None else amounts[0])
+            return
+        flat = None if amounts is None else amounts.ravel()
+        sums = np.bincount(ids.ravel(), flat, minlength=cache.num_experts)
+        experts = np.flatnonzero(sums)
+        cache.touch(experts, self.clock, sums[experts] * (PROMPT_AMOUNT if prompt else 1.0))
 
     def available(self, layer: int, *, in_flight: bool = True) -> npt.NDArray[np.bool_]:
         """Experts whose use would not stall, bool [experts]: ready, or (`in_flight`) being read and
