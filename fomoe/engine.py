@@ -61,7 +61,8 @@ class Engine:
             loaded.residency,
             loaded.embedding,
             loaded.states.caches,
-            read_ahead=not loaded.plan.all_resident,
+            # What was read ahead in time would decide who stays.
+            read_ahead=not (loaded.plan.all_resident or options.deterministic),
             tracer=loaded.tracer,
         )
         self._scheduler = Scheduler(options.ubatch)

@@ -265,6 +265,7 @@ def _store(
         caches=caches,
         reader=reader,
         top_k=max(layer.moe.top_k for layer in hp.layers),
+        ordered=options.deterministic,
         tracer=tracer,
     )
 

@@ -3,6 +3,7 @@
 import asyncio
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from fomoe.errors import ReadError
@@ -50,7 +51,7 @@ class Layout:
         return slot_address, slot_address, slot_address
 
 
-def make(quota=4, transit=3, layers=2, top_k=2):
+def make(quota=4, transit=3, layers=2, top_k=2, ordered=False):
     reader = HandReader()
     pool = SlotPool(1 << 20, SLOT, quota * layers + transit, transit)
     store = ExpertStore(
@@ -59,6 +60,7 @@ def make(quota=4, transit=3, layers=2, top_k=2):
         caches=[ExpertCache(16, quota, make_policy("lru", 16)) for _ in range(layers)],
         reader=reader,
         top_k=top_k,
+        ordered=ordered,
     )
     return SimpleNamespace(store=store, reader=reader, pool=pool)
 
@@ -67,7 +69,7 @@ def free_slots(s):
     return len(s.pool._free)
 
 
-def run_step(s, layer, experts):
+def run_step(s, layer, experts, latest_first=False):
     """Compute a step whose reads land at once; returns the experts in the order of computing."""
 
     async def main():
@@ -77,6 +79,8 @@ def run_step(s, layer, experts):
             while not step.complete:
                 some = step.take()
                 if not some:
+                    if latest_first:
+                        s.reader.flying.reverse()
                     s.reader.land(count=1)
                     continue
                 order += [e[0] for e in some]
@@ -103,6 +107,18 @@ def test_the_least_recent_leaves_and_its_slot_is_reused():
     run_step(s, 0, [2, 3])
     assert [e for e in range(16) if s.store.is_ready(0, e)] == [2, 3]
     assert free_slots(s) == 2
+
+
+def test_who_stays_may_be_made_independent_of_the_drive():
+    seen = set()
+    for latest_first in (False, True):
+        s = make(quota=3, transit=4, layers=1, ordered=True)
+        order = []
+        for experts in ([1, 2], [5, 3, 9, 7, 4, 11], [9, 2], [8, 6, 0, 12, 13]):
+            s.store.note_uses(0, np.array([experts], np.int32), prompt=False)
+            order += run_step(s, 0, experts, latest_first)
+        seen.add((tuple(order), tuple(e for e in range(16) if s.store.is_ready(0, e))))
+    assert len(seen) == 1
 
 
 @pytest.mark.parametrize("quota", [0, 1, 4, 16])

@@ -80,7 +80,8 @@ class _Layer:
 
 class ExpertStore:
     """The experts of all layers. `layouts`, `pools` and `caches` have one entry per layer; a
-    cache's capacity is the number of the pool's slots that are its layer's.
+    cache's capacity is the number of the pool's slots that are its layer's. `ordered`: who stays
+    does not depend on which read lands first (ExpertStep.arrived).
     """
 
     def __init__(
@@ -91,9 +92,11 @@ class ExpertStore:
         caches: Sequence[ExpertCache],
         reader: Reader,
         top_k: int,
+        ordered: bool = False,
         tracer: Tracer | None = None,
     ) -> None:
         self._reader = reader
+        self._ordered = ordered
         self._tracer = tracer
         self._layers = [
             _Layer(i, layout, pool, cache, [0] * layout.num_experts, top_k)
@@ -367,10 +370,8 @@ class ExpertStore:
                 b=request.submitted_ns - request.queued_ns,
             )
         if step and expert in step.waiting:
-            step.waiting.remove(expert)
-            step.landed_experts.append(expert)
             step.landed_ns[expert] = request.landed_ns
-            step.wake()
+            step.arrived(expert, ordered=self._ordered)
         elif expert in state.transit and step and expert not in step.wanted:
             self._forget(state, expert)
 
@@ -444,6 +445,7 @@ class ExpertStep:
         self.landed_experts: list[int] = []
         self.landed_ns: dict[int, int] = {}
         self.waiting: set[int] = set()
+        self._arrived: list[int] = []
         self._late: set[int] = set()
         self.pending: deque[int] = deque()
         self._begin_ns = time.perf_counter_ns()
@@ -455,6 +457,17 @@ class ExpertStep:
         """A read that was started ahead has not landed yet."""
         self.waiting.add(expert)
         self._late.add(expert)
+
+    def arrived(self, expert: int, *, ordered: bool) -> None:
+        """A read has landed. With `ordered`, experts that were asked for together are handed out
+        together, so that who stays does not depend on which of them the drive brings first."""
+        self.waiting.remove(expert)
+        self._arrived.append(expert)
+        if ordered and self.waiting:
+            return
+        self.landed_experts += sorted(self._arrived) if ordered else self._arrived
+        self._arrived.clear()
+        self.wake()
 
     def take(self) -> list[Resident]:
         """The experts that can be computed now, without waiting."""
