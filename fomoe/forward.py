@@ -226,7 +226,8 @@ class Forward:
     def _fetch_ahead(self, step: ExpertStep, index: int, ahead: list[int]) -> None:
         """When a layer has nothing left to submit, the next one's experts may come."""
         if ahead and not step.pending:
-            del ahead[: self._store.prefetch(index + 1, ahead)]
+            # Nine in ten of what is predicted for a whole step's tokens is picked.
+            del ahead[: self._store.prefetch(index + 1, ahead, certain=True)]
 
     async def _logits(self, chunk: Chunk, x: Any, start: int) -> Logits:
         if chunk.sequence.wants_all_logits:

@@ -255,9 +255,12 @@ class ExpertStore:
             self.num_ahead -= 1
             self._reader.promote(state.loading[expert])
 
-    def prefetch(self, layer: int, experts: Sequence[int]) -> int:
-        """Start background reads of experts that will probably be needed, in order, as far as there
-        are slots for them. Returns how many of `experts` are dealt with: read, or there already.
+    def prefetch(self, layer: int, experts: Sequence[int], *, certain: bool = False) -> int:
+        """Start reads of experts that will probably be needed, in order, as far as there are slots
+        for them. Returns how many of `experts` are dealt with: read, or there already.
+
+        They are background reads, unless they are `certain` enough to be no guess: those keep as
+        much in flight as demand does, where background reads would leave a drive half idle.
         """
         state = self._layers[layer]
         requests = []
@@ -268,11 +271,12 @@ class ExpertStore:
                 if slot is None:
                     break
                 requests.append(self._request(state, expert, slot))
-                state.ahead.add(expert)
+                if not certain:
+                    state.ahead.add(expert)
+                    self.num_ahead += 1
             done += 1
         if requests:
-            self.num_ahead += len(requests)
-            self._reader.submit(requests, Priority.BACKGROUND)
+            self._reader.submit(requests, Priority.DEMAND if certain else Priority.BACKGROUND)
         return done
 
     def _read_pending(self, state: _Layer, step: ExpertStep) -> None:
