@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fomoe import host, models
-from fomoe.config import EngineOptions
+from fomoe.config import EngineOptions, format_size
 from fomoe.errors import FormatError, RequestError
 from fomoe.experts.cache import ExpertCache, make_policy
 from fomoe.experts.car import CacheAwareRouter
@@ -356,9 +356,15 @@ def _trace_info(
         "top_k": max(layer.moe.top_k for layer in hp.layers),
         "expert_bytes": max(layout.expert_bytes for layout in layouts),
         "threads": options.threads or host.num_processors(),
-        "options": {
-            f.name: getattr(options, f.name)
-            for f in fields(options)
-            if f.name != "trace" and getattr(options, f.name) != getattr(EngineOptions(), f.name)
-        },
+        "options": _given(options),
     }
+
+
+def _given(options: EngineOptions) -> dict[str, object]:
+    """The options that are not as they would be by themselves, as people write them."""
+    usual = EngineOptions()
+    given = {f.name: getattr(options, f.name) for f in fields(options)}
+    given = {name: value for name, value in given.items() if value != getattr(usual, name)}
+    if options.dram is not None:
+        given["dram"] = format_size(options.dram)
+    return {name: value for name, value in given.items() if name not in ("trace", "cache_dir")}

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fomoe.trace import Part, Records, Source
-from fomoe.tracing.intervals import I64, covered, following, union
+from fomoe.tracing.intervals import I64, covered, following, preceding, union
 from fomoe.tracing.timeline import StepTimes, Timeline, submitted, sums
 
 F64 = npt.NDArray[np.float64]
@@ -60,7 +60,7 @@ class Phase:
     ratio: float
     ratio_floor: float
     landed_us: F64  # median and p99 from landed to computed
-    landed_free_us: F64  # the same, counted from when compute was free
+    landed_idle_us: F64  # of these, with nothing being computed
     hit_history: list[tuple[int, float]] = field(default_factory=list)  # (first token, rate)
 
 
@@ -79,7 +79,7 @@ def _phase(t: Timeline, times: StepTimes, name: str, mask: npt.NDArray[np.bool_]
     inside = compute["begin"] < t.steps["end"][t.step_at(compute["begin"])]
     io, busy = times.flight[mask], times.compute[mask]
     floor = times.read_bytes[mask] / t.ceiling_gbps
-    landed, free = landed_delays(t, mask)
+    landed, idle = landed_delays(t, mask)
     return Phase(
         name=name,
         steps=int(mask.sum()),
@@ -98,7 +98,7 @@ def _phase(t: Timeline, times: StepTimes, name: str, mask: npt.NDArray[np.bool_]
         ratio=_median(wall / np.maximum(np.maximum(io, busy), 1)) if busy.any() else math.nan,
         ratio_floor=_median(wall / np.maximum(np.maximum(floor, busy), 1)),
         landed_us=quantiles_us(landed),
-        landed_free_us=quantiles_us(free),
+        landed_idle_us=quantiles_us(idle),
         hit_history=_hit_history(t, times, mask),
     )
 
@@ -141,9 +141,9 @@ def _hit_history(
 
 
 def landed_delays(t: Timeline, mask: npt.NDArray[np.bool_]) -> tuple[I64, I64]:
-    """From each read that landed during its own layer to the compute that used it: nanoseconds, and
-    the same from when compute was free. Matched by expert where the records name it, else by the
-    next stretch of landed experts of the layer."""
+    """From each read that landed while its layer waited for it to the compute that used it:
+    nanoseconds, and those of them in which nothing was computed. Matched by expert where the
+    records name it, else by the next stretch of landed experts of the layer."""
     none = np.zeros(0, np.int64)
     work = t.compute[t.compute["a"] == Part.LANDED]
     reads = t.reads[np.concatenate((mask, [False]))[t.step_at(t.reads["end"])]]
@@ -152,6 +152,13 @@ def landed_delays(t: Timeline, mask: npt.NDArray[np.bool_]) -> tuple[I64, I64]:
     home = np.searchsorted(t.layers["begin"], reads["end"], side="right") - 1
     layer_end = t.layers["end"][home]
     own = (home >= 0) & (t.layers["layer"][home] == reads["layer"]) & (layer_end > reads["end"])
+    # What lands before the router has spoken is not waited for yet.
+    asked = preceding(
+        _group(t.uses, True), t.uses["begin"], _group(reads, True), reads["end"].astype(np.int64)
+    )
+    own &= asked >= 0
+    if len(t.uses):
+        own &= t.uses["begin"][asked] >= t.layers["begin"][home]
     reads, layer_end = reads[own], layer_end[own]
     named = bool((work["expert"] >= 0).all())
     found = following(
@@ -159,19 +166,12 @@ def landed_delays(t: Timeline, mask: npt.NDArray[np.bool_]) -> tuple[I64, I64]:
     )
     good = (found >= 0) & (work["begin"][found] <= layer_end)
     begin, landed = work["begin"][found][good], reads["end"][good]
-    return begin - landed, begin - np.minimum(_free_at(t, landed), begin)
+    return begin - landed, begin - landed - covered(t.compute_spans, landed, begin)
 
 
 def _group(records: Records, named: bool) -> I64:
     layer = records["layer"].astype(np.int64)
     return layer << 32 | records["expert"] if named else layer
-
-
-def _free_at(t: Timeline, time: I64) -> I64:
-    """The end of the compute that is going on at each time, or the time itself."""
-    spans = t.compute_spans
-    i = np.searchsorted(spans.begin, time, side="right") - 1
-    return np.where(i >= 0, np.maximum(spans.end[i], time), time)
 
 
 def quantiles_us(values: I64) -> F64:

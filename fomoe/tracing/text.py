@@ -115,7 +115,7 @@ def _drive_column(phase: Phase) -> dict[str, str]:
         "token / max(reading, computing)": _number(phase.ratio, 2),
         "token / max(bytes at ceiling, computing)": _number(phase.ratio_floor, 2),
         "us landed to computed, median / p99": _pair(phase.landed_us),
-        "  from when compute was free": _pair(phase.landed_free_us),
+        "  of it with compute idle": _pair(phase.landed_idle_us),
     }
 
 
