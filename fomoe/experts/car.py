@@ -144,7 +144,7 @@ def use_amounts(weights: F32Array) -> F32Array:
     average one, but in proportion to the weight.
 
     Picks of little weight can be stood in for, those of much weight stall or cost quality when they
-    are absent: so the cache keeps the latter. At equal slots this took 13 to 17 % off the reads on
+    are absent: so the cache keeps the latter. At equal slots this took 12 to 17 % off the reads on
     demand and left less divergence, for 0.4 points more misses when routing is exact
     (tools/studies/residency.md).
     """
