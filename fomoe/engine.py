@@ -331,6 +331,8 @@ class Engine:
                 chunks = self._scheduler.next_step()
                 if chunks:
                     await self._step(chunks)
+                    # Who waits for the step's tokens takes them before the next one begins.
+                    await asyncio.sleep(0)
                 else:
                     self._work.clear()
                     await self._work.wait()

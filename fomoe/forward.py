@@ -86,6 +86,7 @@ class Forward:
 
     async def run(self, chunks: Sequence[Chunk]) -> list[Logits]:
         """Compute a step; returns the logits [n, vocab] that each chunk's sequence wants, or None.
+        Those of a sequence that samples are good until the next step.
 
         Raises ReadError, ExpertLostError, and StepCancelledError when every sequence was cancelled
         meanwhile. After any, the state of the chunks' sequences is undefined.
@@ -93,7 +94,6 @@ class Forward:
         begin = time.perf_counter_ns()
         num_tokens = sum(c.length for c in chunks)
         self._inline = num_tokens <= _INLINE_TOKENS
-        self._yielded_ns = begin
         ids = [t for c in chunks for t in c.sequence.tokens[c.start : c.start + c.length]]
         self._stretches.clear()
         reads_rows = self._embedding.must_read(ids)
@@ -131,9 +131,7 @@ class Forward:
         for layer, cache in zip(self._model.layers, self._caches, strict=True):
             await self._yield(chunks)
             await self._layer(layer, cache, x, chunks, segments, audit)
-        return [
-            await self._logits(chunk, x, s.start) for chunk, s in zip(chunks, segments, strict=True)
-        ]
+        return await self._head(chunks, segments, x)
 
     async def _audit(
         self, chunks: Sequence[Chunk], rows: npt.NDArray[np.uint8], segments: Sequence[Segment]
@@ -144,7 +142,8 @@ class Forward:
         states = [d for s in segments for d in s.delta if d is not None]
         kept = [(d.conv.copy(), d.s.copy()) for d in states]
         try:
-            return await self._layers(chunks, rows, segments, audit=True)
+            logits = await self._layers(chunks, rows, segments, audit=True)
+            return [None if own is None else np.array(own) for own in logits]
         finally:
             for state, (conv, s) in zip(states, kept, strict=True):
                 state.conv[...] = conv
@@ -229,21 +228,32 @@ class Forward:
             # Nine in ten of what is predicted for a whole step's tokens is picked.
             del ahead[: self._store.prefetch(index + 1, ahead, certain=True)]
 
-    async def _logits(self, chunk: Chunk, x: Any, start: int) -> Logits:
-        if chunk.sequence.wants_all_logits:
-            skipped = max(chunk.sequence.logits_from - chunk.start, 0)
-            rows = range(start + skipped, start + chunk.length)
-        elif chunk.completes:
-            rows = range(start + chunk.length - 1, start + chunk.length)
-        else:
-            return None
+    async def _head(
+        self, chunks: Sequence[Chunk], segments: Sequence[Segment], x: Any
+    ) -> list[Logits]:
+        """The head reads its weights once for the rows of all chunks together."""
+        wanted = [_wanted_rows(c, s.start) for c, s in zip(chunks, segments, strict=True)]
+        rows = [i for some in wanted for i in some]
         if not rows:
-            return None
-        parts = []
-        for i in range(rows.start, rows.stop, HEAD_ROWS):
-            some = x[i : min(i + HEAD_ROWS, rows.stop)]
-            parts.append(np.array(await self._compute(Part.HEAD, -1, self._model.head, some)))
-        return np.concatenate(parts)
+            return [None] * len(chunks)
+        picked = x if len(rows) == len(x) else x[rows]
+        if len(rows) <= HEAD_ROWS:
+            logits = await self._compute(Part.HEAD, -1, self._model.head, picked)
+        else:
+            parts = []
+            for i in range(0, len(rows), HEAD_ROWS):
+                some = picked[i : i + HEAD_ROWS]
+                parts.append(np.array(await self._compute(Part.HEAD, -1, self._model.head, some)))
+            logits = np.concatenate(parts)
+        result: list[Logits] = []
+        start = 0
+        for chunk, some in zip(chunks, wanted, strict=True):
+            own = logits[start : start + len(some)]
+            start += len(some)
+            # Fewer rows are the model's own buffer, and only a sampler is done with them here.
+            stays = len(rows) > HEAD_ROWS or chunk.sequence.sampler is not None
+            result.append(None if not some else own if stays else np.array(own))
+        return result
 
     async def _compute(
         self, part: Part, layer: int, call: Callable[..., R], *args: Any, experts: int = 0
@@ -270,8 +280,10 @@ class Forward:
         if now - self._yielded_ns > _YIELD_NS:
             await asyncio.sleep(0)
             self._yielded_ns = now
-        if all(c.sequence.cancelled for c in chunks):
-            raise StepCancelledError
+        for chunk in chunks:
+            if not chunk.sequence.cancelled:
+                return
+        raise StepCancelledError
 
 
 def _segments(chunks: Sequence[Chunk]) -> list[Segment]:
@@ -299,3 +311,11 @@ def _distinct(routing: Routing) -> tuple[list[int], list[int]]:
         return experts, [1] * len(experts)
     unique, counts = np.unique(routing.ids, return_counts=True)
     return unique.tolist(), counts.tolist()
+
+
+def _wanted_rows(chunk: Chunk, start: int) -> range:
+    """The rows of a step, which the chunk begins at `start`, whose logits its sequence wants."""
+    end = start + chunk.length
+    if chunk.sequence.wants_all_logits:
+        return range(min(start + max(chunk.sequence.logits_from - chunk.start, 0), end), end)
+    return range(end - 1, end) if chunk.completes else range(0)

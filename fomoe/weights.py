@@ -174,7 +174,9 @@ class EmbeddingRows:
         missing = [i for i in dict.fromkeys(ids) if i not in self._kept]
         if missing:
             await self._read(missing)
-        result = np.stack([self._kept[i] for i in ids])
+        result = (
+            self._kept[ids[0]] if len(ids) == 1 else np.concatenate([self._kept[i] for i in ids])
+        )
         for i in ids:
             self._kept.move_to_end(i)
         while len(self._kept) > _KEPT_ROWS:
@@ -193,7 +195,7 @@ class EmbeddingRows:
             places.append(address + residue)
         await read(self._reader, [extents], [f"tensor {self.info.name}"])
         for i, place in zip(ids, places, strict=True):
-            self._kept[i] = self._arena.view(place, self._row_bytes).copy()
+            self._kept[i] = self._arena.view(place, self._row_bytes).reshape(1, -1).copy()
 
 
 def embedding_row_room(info: TensorInfo) -> int:

@@ -181,3 +181,17 @@ def test_vocabulary_that_does_not_fit_the_embedding(model, tmp_path):
 
     with pytest.raises(fomoe.FormatError, match=rf"{TOY.vocab} tokens, but {TOY.vocab - 1} embed"):
         run(main())
+
+
+def test_tokens_are_handed_out_one_by_one(model, monkeypatch):
+    """However fast a step is: who waits for a token gets it before the next one is computed."""
+    monkeypatch.setattr("fomoe.forward._YIELD_NS", 10**12)
+
+    async def main():
+        async with Engine.open(model, dram="1GiB", context=256, ubatch=64) as engine:
+            seen = 0
+            async for _ in engine.generate([1, 2, 3], max_tokens=24, ignore_eos=True):
+                seen += 1
+                assert engine.stats().generation.steps <= seen
+
+    run(main())

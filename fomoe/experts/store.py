@@ -57,7 +57,8 @@ class StoreStats:
 
 @dataclass(slots=True)
 class _Layer:
-    """One layer's experts. `address` holds the slot of every loading or ready expert, else 0."""
+    """One layer's experts. `address` holds the slot of every loading or ready expert, else 0;
+    `ready` those whose bytes are there, as compute takes them."""
 
     index: int
     layout: ExpertLayout
@@ -66,6 +67,7 @@ class _Layer:
     address: list[int]
     reserve: int  # transit slots that reads ahead leave to the step that is being computed
     window_ns: float = 0.0  # a running mean of how long a step computes before it has to wait
+    ready: dict[int, Resident] = field(default_factory=dict)
     loading: dict[int, ReadRequest] = field(default_factory=dict)
     transit: set[int] = field(default_factory=set)
     held: set[int] = field(default_factory=set)
@@ -120,7 +122,9 @@ class ExpertStore:
         event. `amounts` [T, k] weighs the picks, which otherwise count one each."""
         cache = self._layers[layer].cache
         if len(ids) == 1 and not prompt:
-            cache.touch(ids[0], self.clock, 1.0 if amounts is None else amounts[0])
+            # As numpy indexes: with other integers each of its uses costs microseconds more.
+            experts = ids[0].astype(np.intp)
+            cache.touch(experts, self.clock, 1.0 if amounts is None else amounts[0])
             return
         flat = None if amounts is None else amounts.ravel()
         sums = np.bincount(ids.ravel(), flat, minlength=cache.num_experts)
@@ -160,8 +164,7 @@ class ExpertStore:
 
     def is_ready(self, layer: int, expert: int) -> bool:
         """The expert's bytes are in memory."""
-        state = self._layers[layer]
-        return state.address[expert] != 0 and expert not in state.loading
+        return expert in self._layers[layer].ready
 
     def is_known(self, layer: int, expert: int) -> bool:
         """The expert is in memory, or being read."""
@@ -203,27 +206,27 @@ class ExpertStore:
         state.held.update(experts)
         # A passing step is not part of what is counted.
         stats = StoreStats() if passing else self.stats
-        address, loading = state.address, state.loading
+        ready, picks = state.ready, sum(counts)
+        step.landed_experts = [e for e in experts if e in ready]
         stats.uses += len(experts)
-        missing = []
+        stats.hits += len(step.landed_experts)
+        stats.picks += picks
+        stats.pick_hits += picks
         for expert, count in zip(experts, counts, strict=True):
-            stats.picks += count
-            if not address[expert]:
-                missing.append(expert)
-            elif expert in loading:
+            if expert in ready:
+                continue
+            stats.pick_hits -= count
+            if expert in state.loading:
                 stats.late += 1
                 step.expect_late(expert)
                 self._promote(state, expert)
             else:
-                stats.hits += 1
-                stats.pick_hits += count
-                step.landed_experts.append(expert)
+                step.pending.append(expert)
         if self._tracer and not passing:
-            self._note_picks(self._tracer, state, experts, counts, missing)
+            self._note_picks(self._tracer, state, experts, counts, step.pending)
         if state.transit:
             self._drop_unwanted_transit(state)
-        if missing:
-            step.pending.extend(missing)
+        if step.pending:
             self._read_pending(state, step)
         return step
 
@@ -337,8 +340,8 @@ class ExpertStore:
     def _evict(self, state: _Layer, victim: int) -> int:
         slot = state.address[victim]
         assert slot
-        assert victim not in state.loading
         assert victim not in state.held
+        del state.ready[victim]
         state.address[victim] = 0
         state.cache.evict(victim)
         self._note_eviction(state, victim)
@@ -358,6 +361,8 @@ class ExpertStore:
             if state.step and expert in state.step.waiting:
                 state.step.fail(expert, _read_error(request))
             return
+        address = state.address[expert]
+        state.ready[expert] = (expert, *state.layout.addresses(expert, address))
         self.stats.expert_reads += 1
         self.stats.expert_bytes += state.layout.expert_bytes
         step = state.step
@@ -392,6 +397,7 @@ class ExpertStore:
         """A slot goes back to its pool without its expert being kept."""
         slot = state.address[expert]
         state.address[expert] = 0
+        state.ready.pop(expert, None)
         self._note_eviction(state, expert)
         if expert in state.transit:
             state.transit.remove(expert)
@@ -409,18 +415,17 @@ class ExpertStore:
 
     def _computed(self, state: _Layer, experts: Sequence[int], step: ExpertStep) -> None:
         """Compute is done with these experts: their slots may be reused."""
-        for expert in experts:
-            state.held.discard(expert)
-            if expert in state.transit:
-                victim = None
-                if not step.passing:
-                    victim = state.cache.victim(state.busy(), newcomer=expert)
-                if victim is None:
-                    self._forget(state, expert)
-                else:
-                    state.pool.give_transit(self._evict(state, victim))
-                    state.transit.remove(expert)
-                    state.cache.admit(expert, state.address[expert])
+        state.held.difference_update(experts)
+        for expert in [e for e in experts if e in state.transit] if state.transit else ():
+            victim = None
+            if not step.passing:
+                victim = state.cache.victim(state.busy(), newcomer=expert)
+            if victim is None:
+                self._forget(state, expert)
+            else:
+                state.pool.give_transit(self._evict(state, victim))
+                state.transit.remove(expert)
+                state.cache.admit(expert, state.address[expert])
         if step.pending:
             self._read_pending(state, step)
 
@@ -476,7 +481,6 @@ class ExpertStep:
     def take(self) -> list[Resident]:
         """The experts that can be computed now, without waiting."""
         experts, self.landed_experts = self.landed_experts, []
-        layout, address = self._state.layout, self._state.address
         if self.landed_ns:
             now = time.perf_counter_ns()
             handover = self._store.stats.handover_ns
@@ -484,7 +488,8 @@ class ExpertStep:
                 if expert in self.landed_ns:
                     handover.append(now - self.landed_ns.pop(expert))
             del handover[:-4096]
-        return [(e, *layout.addresses(e, address[e])) for e in experts]
+        ready = self._state.ready
+        return [ready[e] for e in experts]
 
     @property
     def complete(self) -> bool:
