@@ -2,7 +2,7 @@
 
 Owns: the commands and what they share: flags of the model and the engine, errors, the event loop.
 Does not know: how anything is done. Each command is a module with `add_arguments(parser)` and
-`run(args)`.
+`run(args)`, which may do what needs no event loop and returns the rest as a coroutine.
 """
 
 from __future__ import annotations
@@ -10,6 +10,9 @@ from __future__ import annotations
 import argparse
 import asyncio
 import importlib
+import io
+import os
+import signal
 import sys
 from collections.abc import Coroutine, Sequence
 from typing import Any
@@ -25,7 +28,29 @@ _COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status: 0, 1 (error), 2 (bad usage) or 130 (Ctrl-C)."""
+    """Run a command; returns the exit status: 0, 1 (error), 2 (bad usage), 130 (Ctrl-C), 141 (what
+    is printed is not read) or 143 (SIGTERM).
+    """
+    try:
+        status = _main(argv)
+        sys.stdout.flush()
+        return status
+    except FomoeError as error:
+        print(f"fomoe: error: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:
+        _drop_stdout()
+        return 128 + signal.SIGPIPE
+    except OSError as error:
+        _drop_stdout()
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"fomoe: error: {where}{error.strerror or error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+
+
+def _main(argv: Sequence[str] | None) -> int:
     args_list = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(
         prog="fomoe",
@@ -35,25 +60,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     chosen = next((a for a in args_list if not a.startswith("-")), None)
     for name, (module_name, help_text) in _COMMANDS.items():
-        command = commands.add_parser(name, help=help_text)
+        command = commands.add_parser(name, help=help_text, allow_abbrev=False)
         if name == chosen:
             module = importlib.import_module(module_name)
             module.add_arguments(command)
             command.set_defaults(run=module.run)
     args = parser.parse_args(args_list)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that is not of UTF-8
+    return _run_loop(args.run(args))
+
+
+def _drop_stdout() -> None:
+    """What could not be written must not be tried again when the interpreter ends."""
     try:
-        return _run_loop(args.run(args))
-    except FomoeError as error:
-        print(f"fomoe: error: {error}", file=sys.stderr)
-        return 1
-    except BrokenPipeError:
-        return 1
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        print(f"fomoe: error: {where}{error.strerror or error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _run_loop(main_task: Coroutine[Any, Any, int]) -> int:

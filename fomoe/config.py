@@ -31,7 +31,10 @@ def parse_size(text: str | int) -> int:
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([a-zA-Z]*)\s*", text)
     if not match or match[2].lower() not in _UNITS:
         raise RequestError(f"{text!r} is not a size; write for example 16GiB, 16G or 800MiB")
-    return int(float(match[1]) * _UNITS[match[2].lower()])
+    size = float(match[1]) * _UNITS[match[2].lower()]
+    if size >= 1 << 63:
+        raise RequestError(f"{text[:40]!r} is more than any machine has")
+    return int(size)
 
 
 def format_size(nbytes: float) -> str:

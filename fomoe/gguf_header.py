@@ -7,6 +7,7 @@ Does not know: splits, architectures, what a key or a tensor is for. Format: ggm
 from __future__ import annotations
 
 import os
+import stat
 import struct
 from dataclasses import dataclass
 from itertools import pairwise
@@ -108,6 +109,8 @@ def read_header(path: Path, shard: int = 0) -> Header:
     Raises FormatError when the file is damaged or no GGUF, UnsupportedError when it is sound but of
     a version, byte order or tensor type that fomoe lacks, OSError when it cannot be read.
     """
+    if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for its writer
+        raise FormatError(f"{path}: not a file; give the model's .gguf file, or any of its shards")
     with open(path, "rb", buffering=0) as file:
         size = os.fstat(file.fileno()).st_size
         return _Parser(path, file.fileno(), size, shard).parse()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, fields
@@ -92,6 +93,7 @@ async def load(
             f"{gguf.paths[0]}: {tokenizer.vocab_size} tokens, but {hp.vocab_size} embeddings"
         )
     await asyncio.to_thread(tokenizer.prepare)  # before the plan, which counts what is resident
+    _check_outputs(gguf, options)
     threads = options.threads or host.num_processors()
     shapes = _shapes(gguf, hp)
     async with AsyncExitStack() as exits:
@@ -169,6 +171,28 @@ async def load(
             load_gb_per_second=rate,
             exits=exits.pop_all(),
         )
+
+
+def _check_outputs(gguf: GgufFile, options: EngineOptions) -> None:
+    """Refuse now what could not be written in the end, or would do harm."""
+    flags = {
+        "--trace": options.trace,
+        "--record-routes": options.record_routes,
+        "--profile": options.profile,
+    }
+    seen: dict[Path, str] = {}
+    for flag, path in flags.items():
+        if path is None:
+            continue
+        if path.is_dir():
+            raise RequestError(f"{flag} {path}: a folder; name a file in it")
+        if not os.access(path.parent, os.W_OK | os.X_OK):
+            raise RequestError(f"{flag} {path}: {path.parent} is no folder that can be written to")
+        if path.exists() and any(path.samefile(shard) for shard in gguf.paths):
+            raise RequestError(f"{flag} {path}: that is the model; it would be overwritten")
+        other = seen.setdefault(path.resolve(), flag)
+        if other != flag:
+            raise RequestError(f"{other} and {flag} name the same file: {path}")
 
 
 def _layouts(gguf: GgufFile, hp: HyperParameters, alignment: int) -> list[ExpertLayout]:

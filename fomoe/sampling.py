@@ -5,6 +5,7 @@ Owns: penalties, truncation, temperature, the random generator. Does not know: m
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -40,11 +41,13 @@ class Sampling:
 
     def __post_init__(self) -> None:
         checks = (
-            ("temperature", self.temperature >= 0.0, "0 or more"),
+            ("temperature", 0.0 <= self.temperature < math.inf, "0 or more"),
             ("top_k", self.top_k >= 0, "0 (off) or more"),
             ("top_p", 0.0 < self.top_p <= 1.0, "above 0 and at most 1"),
             ("min_p", 0.0 <= self.min_p <= 1.0, "between 0 and 1"),
-            ("repeat_penalty", self.repeat_penalty > 0.0, "above 0"),
+            ("repeat_penalty", 0.0 < self.repeat_penalty < math.inf, "above 0"),
+            ("presence_penalty", math.isfinite(self.presence_penalty), "a number"),
+            ("frequency_penalty", math.isfinite(self.frequency_penalty), "a number"),
             ("repeat_last_n", self.repeat_last_n >= -1, "-1 or more"),
             ("seed", self.seed >= -1, "-1 (random) or more"),
         )

@@ -27,7 +27,12 @@ _SAMPLE_BYTES = 4096
 
 
 def replica_paths(paths: Sequence[str | os.PathLike[str]], replica: Path) -> list[Path]:
-    """The files of the same names in `replica`, or in its folder when it is a file."""
+    """The files of the same names in `replica`, or in its folder when it is a file. A copy of a
+    single file may have another name. Raises ReadError when there is nothing at `replica`."""
+    if not replica.exists():
+        raise ReadError(f"replica {replica}: no such file or folder")
+    if len(paths) == 1 and replica.is_file():
+        return [replica]
     folder = replica if replica.is_dir() else replica.parent
     return [folder / Path(path).name for path in paths]
 

@@ -65,7 +65,7 @@ def add_engine_arguments(parser: argparse.ArgumentParser, context: int | None = 
     )  # fmt: skip
     group.add_argument(
         "--cache-policy", default="lfu", metavar="NAME",
-        help="who stays in memory: lfu, lfru, lru, least-stale, mass (default: %(default)s)",
+        help="who stays in memory: lfu, lfru, lru (default: %(default)s)",
     )  # fmt: skip
     group.add_argument(
         "--prefetch", choices=("auto", "on", "off"), default="auto",
@@ -178,16 +178,20 @@ def read_prompt(args: argparse.Namespace) -> str:
     if args.prompt is not None:
         return str(args.prompt)
     if args.file is not None:
+        where = str(args.file)
         try:
-            return str(args.file.read_text("utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise RequestError(f"cannot read the prompt from {args.file}: {error}") from error
-    if sys.stdin.isatty():
+            data = args.file.read_bytes()
+        except OSError as error:
+            raise RequestError(f"cannot read the prompt from {where}: {error.strerror}") from error
+    elif sys.stdin is None or sys.stdin.isatty():
         raise RequestError("no prompt: give one with -p TEXT, -f FILE or on standard input")
+    else:
+        where = "standard input"
+        data = sys.stdin.buffer.read()
     try:
-        return sys.stdin.read()
+        return str(data.decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise RequestError(f"standard input is not UTF-8 text: {error}") from error
+        raise RequestError(f"the prompt from {where} is not UTF-8 text: {error}") from error
 
 
 def _size(text: str) -> int:

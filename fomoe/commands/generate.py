@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
-import signal
 import sys
+from collections.abc import Coroutine
 from pathlib import Path
+from typing import Any
 
 from fomoe.commands.common import add_engine_arguments, open_engine, read_prompt
+from fomoe.commands.interruption import Interruption
 from fomoe.engine import Engine
+from fomoe.errors import RequestError
 from fomoe.sampling import Sampling
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("-p", "--prompt", metavar="TEXT", help="the prompt (else -f, else stdin)")
-    parser.add_argument(
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("-p", "--prompt", metavar="TEXT", help="the prompt (else -f, else stdin)")
+    source.add_argument(
         "-f", "--file", type=Path, metavar="FILE", help="read the prompt from a file"
     )
     parser.add_argument(
@@ -65,26 +68,37 @@ def sampling_from(args: argparse.Namespace) -> Sampling:
     )
 
 
-async def run(args: argparse.Namespace) -> int:
-    sampling = sampling_from(args)
-    prompt = read_prompt(args)
-    stop = asyncio.Event()
-    # Ctrl-C ends the generation, keeps what was generated and prints the figures; a second one,
-    # when the handler is gone, ends the program.
-    loop = asyncio.get_running_loop()
-    loop.add_signal_handler(signal.SIGINT, stop.set)
-    try:
-        async with open_engine(args) as engine:
+def run(args: argparse.Namespace) -> Coroutine[Any, Any, int]:
+    if args.n_predict < -1:
+        raise RequestError(f"-n must be 0 or more, or -1, not {args.n_predict}")
+    return _run(args, read_prompt(args), sampling_from(args))
+
+
+async def _run(args: argparse.Namespace, prompt: str, sampling: Sampling) -> int:
+    with Interruption() as interruption:
+        # Loading may take long: it is left at the first signal, with everything given back.
+        engine = await interruption.unless(_opened(args))
+        if engine is None:
+            print("\nfomoe: interrupted while loading", file=sys.stderr)
+            return interruption.status
+        async with engine:
             print(f"reading with {engine.loaded.reader.describe()}", file=sys.stderr)
-            return await _generate(args, engine, prompt, sampling, stop)
-    finally:
-        loop.remove_signal_handler(signal.SIGINT)
+            return await _generate(args, engine, prompt, sampling, interruption)
+
+
+async def _opened(args: argparse.Namespace) -> Engine:
+    return await open_engine(args)
 
 
 async def _generate(
-    args: argparse.Namespace, engine: Engine, prompt: str, sampling: Sampling, stop: asyncio.Event
+    args: argparse.Namespace,
+    engine: Engine,
+    prompt: str,
+    sampling: Sampling,
+    interruption: Interruption,
 ) -> int:
     limit = None if args.n_predict < 0 else args.n_predict
+    ids = engine.encode(prompt)
     tokens: list[int] = []
     text: list[str] = []
     reason = "length"
@@ -94,7 +108,7 @@ async def _generate(
     async def consume() -> None:
         nonlocal reason
         async for token in engine.generate(
-            prompt, sampling=sampling, max_tokens=limit, ignore_eos=args.ignore_eos
+            ids, sampling=sampling, max_tokens=limit, ignore_eos=args.ignore_eos
         ):
             tokens.append(token.id)
             text.append(token.text)
@@ -102,17 +116,9 @@ async def _generate(
             if not args.json:
                 print(token.text, end="", flush=True)
 
-    generation = asyncio.create_task(consume())
-    interrupted = asyncio.create_task(stop.wait())
-    await asyncio.wait([generation, interrupted], return_when=asyncio.FIRST_COMPLETED)
-    interrupted.cancel()
-    if not generation.done():
-        asyncio.get_running_loop().remove_signal_handler(signal.SIGINT)
+    await interruption.unless(consume())
+    if interruption.status:
         reason = "interrupted"
-        generation.cancel()
-        await asyncio.wait([generation])
-    if not generation.cancelled() and (error := generation.exception()):
-        raise error
     stats = engine.stats()
     if args.json:
         result = {
@@ -127,4 +133,4 @@ async def _generate(
         print(flush=True)
         print(file=sys.stderr)
     print(*stats.lines(), sep="\n", file=sys.stderr)
-    return 130 if reason == "interrupted" else 0
+    return interruption.status
