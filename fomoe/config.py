@@ -71,7 +71,7 @@ class EngineOptions:
     dram: int | None = None
     context: int = 4096
     ubatch: int = 512
-    parallel: int = 1
+    parallel: int = 4
     threads: int | None = None
     cache_type: str = "f16"
     io: Io = "auto"

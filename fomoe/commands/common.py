@@ -119,6 +119,7 @@ def open_engine(args: argparse.Namespace, *, quiet: bool = False, **more: Any) -
     """An engine as the flags say. Unless `quiet`, stderr shows the plan, then a bar."""
     options: dict[str, Any] = {
         "context": args.ctx_size,
+        "parallel": 1,
         "ubatch": args.ubatch_size,
         "threads": args.threads,
         "cache_type": args.cache_type,
