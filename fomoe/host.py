@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 _GROUP_ROOT = Path("/sys/fs/cgroup")
+_OWN_GROUPS = Path("/proc/self/cgroup")
 
 
 def num_processors() -> int:
@@ -52,34 +55,73 @@ def available_bytes() -> int:
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):
             available = int(line.split()[1]) << 10
-    for limit in _group_limits():
-        available = min(available, max(limit - resident_bytes(), 0))
-    return available
+    return min([available, *_left_in_groups()])
 
 
-def _group_limits() -> list[int]:
-    """Memory limits of the control groups (v1 and v2) that hold this process, in bytes."""
-    limits = []
+def _left_in_groups() -> list[int]:
+    """What each control group (v1 or v2) that holds this process and has a limit leaves, in bytes:
+    others in the group use its memory too, but its page cache makes way."""
+    return [
+        max(limit - used, 0)
+        for folder, files in _groups()
+        for used in [_used(folder, files)]
+        for limit in (_number(folder / name) for name in files.limits)
+        if limit is not None
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class _GroupFiles:
+    """What a version of control groups calls its files, and the page cache in `memory.stat`."""
+
+    limits: tuple[str, ...]
+    usage: str
+    cache: tuple[str, ...]
+
+
+_V1 = _GroupFiles(
+    ("memory.limit_in_bytes",),
+    "memory.usage_in_bytes",
+    ("total_inactive_file", "total_active_file"),
+)
+# Above memory.high the kernel slows the group down: as good as a limit.
+_V2 = _GroupFiles(("memory.max", "memory.high"), "memory.current", ("inactive_file", "active_file"))
+
+
+def _groups() -> Iterator[tuple[Path, _GroupFiles]]:
+    """The memory groups around the process, from its own to the root."""
     try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
+        lines = _OWN_GROUPS.read_text().splitlines()
     except OSError:
-        return []
+        return
     for line in lines:
         _, controllers, path = line.split(":", 2)
         if controllers == "":
-            base, name = _GROUP_ROOT, "memory.max"
+            root, files = _GROUP_ROOT, _V2
         elif "memory" in controllers.split(","):
-            base, name = _GROUP_ROOT / "memory", "memory.limit_in_bytes"
+            root, files = _GROUP_ROOT / "memory", _V1
         else:
             continue
-        group = base / path.lstrip("/")
+        # In a container the path may be the host's, which is not to be seen here: the root is.
+        group = root / path.lstrip("/")
         for folder in (group, *group.parents):
-            if folder == base.parent or not folder.is_relative_to(base):
+            yield folder, files
+            if folder == root:
                 break
-            text = _read(folder / name)
-            if text.isdigit():
-                limits.append(int(text))
-    return limits
+
+
+def _used(folder: Path, files: _GroupFiles) -> int:
+    usage = _number(folder / files.usage)
+    if usage is None:
+        return resident_bytes()
+    fields = (line.split() for line in _read(folder / "memory.stat").splitlines())
+    return usage - sum(int(field[1]) for field in fields if field[0] in files.cache)
+
+
+def _number(path: Path) -> int | None:
+    """The number in a file; None when there is none, or it says "max"."""
+    text = _read(path)
+    return int(text) if text.isdigit() else None
 
 
 def _read(path: Path) -> str:
