@@ -173,11 +173,12 @@ class Forward:
         call = await self._compute(Part.ROUTE, index, layer.experts, routing)
         step = self._store.begin(index, experts, counts, passing=audit)
         try:
+            # First: it may be computed by other threads while Python gets the experts ready.
+            await self._compute(Part.SHARED, index, call.shared)
             resident = step.take()
             if resident:
                 await self._compute(Part.RESIDENT, index, call.run, resident, experts=len(resident))
                 step.computed(resident)
-            await self._compute(Part.SHARED, index, call.shared)
             while True:
                 self._fetch_ahead(step, index, ahead)
                 landed = await step.landed()

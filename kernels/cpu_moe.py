@@ -119,6 +119,7 @@ class CpuMoeCall:
         engine.live = self
 
     def shared(self) -> None:
+        """As in MoeCall, on the other threads: it returns before they are done."""
         assert self._engine.live is self
         if self._shared_left:
             lib.fomoe_moe_shared(self._moe, *self._plan.shared_products)

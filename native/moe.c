@@ -29,6 +29,15 @@ typedef struct {
     _Atomic int ready;
 } expert_job;
 
+/* Experts that are computed together. */
+typedef struct {
+    fomoe_moe *moe;
+    expert_job *jobs;
+    int num;
+    int up_tasks; /* of all experts: they are claimed before any down task, so waiting on them cannot deadlock */
+    void (*silu_mul)(const float *gate, const float *up, int n, float *out);
+} wave;
+
 struct fomoe_moe {
     fomoe_pool *pool, *serial;
     fomoe_moe_shape shape;
@@ -51,6 +60,7 @@ struct fomoe_moe {
     int tokens, pairs_left;
     const float *weights;
     bool has_shared, has_gate;
+    wave wave; /* the last one that was started */
 };
 
 typedef struct {
@@ -126,6 +136,7 @@ fomoe_moe *fomoe_moe_begin(void *memory, fomoe_pool *pool, fomoe_pool *serial, c
                            int shared_ff, const int32_t *shared_types, int num_types, const float *h, int64_t ldh,
                            int tokens, const int32_t *ids, const float *weights)
 {
+    fomoe_pool_finish(pool); /* of a step that was given up, in the same memory */
     fomoe_moe *moe = memory;
     layout l = { memory, ALIGN64(sizeof *moe) };
     *moe = (fomoe_moe){ .pool = pool, .serial = serial, .shape = *shape, .tokens = tokens,
@@ -141,14 +152,6 @@ fomoe_moe *fomoe_moe_begin(void *memory, fomoe_pool *pool, fomoe_pool *serial, c
     fomoe_act_prepare(pool, &moe->act, h, ldh, tokens, shape->hidden, types, 2 + num_types, moe->act_scratch);
     return moe;
 }
-
-typedef struct {
-    fomoe_moe *moe;
-    expert_job *jobs;
-    int num;
-    int up_tasks; /* of all experts: they are claimed before any down task, so waiting on them cannot deadlock */
-    void (*silu_mul)(const float *gate, const float *up, int n, float *out);
-} wave;
 
 static void up_task(const wave *w, expert_job *job, int chunk, int thread)
 {
@@ -206,16 +209,24 @@ static void set_tasks(expert_job *job, int num_jobs, int num_threads)
     atomic_init(&job->ready, 0);
 }
 
-static void run_wave(fomoe_moe *moe, expert_job *jobs, int num)
+/* The wave before it must be finished: waves share the memory between gate-up and down. */
+static void start_wave(fomoe_moe *moe, expert_job *jobs, int num)
 {
-    wave w = { moe, jobs, num, 0, ISA_PICK(silu_mul) };
+    wave *w = &moe->wave;
+    *w = (wave){ moe, jobs, num, 0, ISA_PICK(silu_mul) };
     int tasks = 0, num_threads = fomoe_pool_num_threads(moe->pool);
     for (int i = 0; i < num; i++) {
         set_tasks(&jobs[i], num, num_threads);
-        w.up_tasks += jobs[i].up_tasks;
+        w->up_tasks += jobs[i].up_tasks;
         tasks += jobs[i].up_tasks + jobs[i].down_tasks;
     }
-    fomoe_pool_run(moe->pool, tasks, wave_task, &w);
+    fomoe_pool_start(moe->pool, tasks, wave_task, w);
+}
+
+static void run_wave(fomoe_moe *moe, expert_job *jobs, int num)
+{
+    start_wave(moe, jobs, num);
+    fomoe_pool_finish(moe->pool);
 }
 
 static fomoe_matrix matrix(int64_t address, int64_t row_bytes, int type, int rows, int cols)
@@ -225,6 +236,7 @@ static fomoe_matrix matrix(int64_t address, int64_t row_bytes, int type, int row
 
 int fomoe_moe_run(fomoe_moe *moe, const int64_t *experts, int num)
 {
+    fomoe_pool_finish(moe->pool); /* the shared expert may be under way, in the memory used here */
     const fomoe_moe_shape *s = &moe->shape;
     int in_wave = 0, wave_pairs = 0;
     size_t scratch = 0;
@@ -271,6 +283,7 @@ static fomoe_matrix product_matrix(const fomoe_product *p, int cols)
 void fomoe_moe_shared(fomoe_moe *moe, const fomoe_product *gate, const fomoe_product *up, const fomoe_product *down,
                       const fomoe_product *gate_inp)
 {
+    fomoe_pool_finish(moe->pool);
     int hidden = moe->shape.hidden;
     expert_job *job = moe->jobs;
     job->gate = product_matrix(gate, hidden);
@@ -290,7 +303,7 @@ void fomoe_moe_shared(fomoe_moe *moe, const fomoe_product *gate, const fomoe_pro
         fomoe_matrix w = product_matrix(gate_inp, hidden);
         fomoe_matmul_rows(&w, &moe->act, NULL, moe->tokens, 0, 1, moe->shared_gate, 1);
     }
-    run_wave(moe, job, 1);
+    start_wave(moe, job, 1);
 }
 
 typedef struct {
@@ -320,6 +333,7 @@ static void sum_task(void *arg, int task, int thread)
 
 int fomoe_moe_finish(fomoe_moe *moe, float *x, int64_t ldx)
 {
+    fomoe_pool_finish(moe->pool);
     if (moe->pairs_left)
         return moe->pairs_left;
     sum_job job = { moe, x, ldx, ISA_PICK(weighted_sum), ISA_PICK(sigmoid) };

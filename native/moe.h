@@ -36,7 +36,8 @@ fomoe_moe *fomoe_moe_begin(void *memory, fomoe_pool *pool, fomoe_pool *serial, c
  * -EINVAL when an expert is out of range or was run before in this step. */
 int fomoe_moe_run(fomoe_moe *moe, const int64_t *experts, int num);
 
-/* Computes the shared expert. Types and rows as fomoe_product; gate_inp.data NULL when it has none. */
+/* Starts the shared expert, on the other threads while the caller goes on; its weights must stay until finish. Types
+ * and rows as fomoe_product; gate_inp->data is NULL when it has none. */
 void fomoe_moe_shared(fomoe_moe *moe, const fomoe_product *gate, const fomoe_product *up, const fomoe_product *down,
                       const fomoe_product *gate_inp);
 

@@ -154,8 +154,9 @@ int fomoe_pool_num_threads(const fomoe_pool *pool)
     return pool->num_threads;
 }
 
-void fomoe_pool_run(fomoe_pool *pool, int num_tasks, fomoe_task_fn fn, void *arg)
+void fomoe_pool_start(fomoe_pool *pool, int num_tasks, fomoe_task_fn fn, void *arg)
 {
+    fomoe_pool_finish(pool);
     if (pool->num_threads == 1 || num_tasks <= 1) {
         for (int i = 0; i < num_tasks; i++)
             fn(arg, i, 0);
@@ -168,7 +169,19 @@ void fomoe_pool_run(fomoe_pool *pool, int num_tasks, fomoe_task_fn fn, void *arg
     uint64_t run = (atomic_load_explicit(&pool->ticket, memory_order_relaxed) >> 2 * TASK_BITS) + 1;
     atomic_store(&pool->ticket, run << 2 * TASK_BITS | (uint64_t)num_tasks << TASK_BITS);
     wake(pool);
+}
+
+void fomoe_pool_finish(fomoe_pool *pool)
+{
+    if (!atomic_load_explicit(&pool->unfinished, memory_order_acquire))
+        return;
     work(pool, 0);
     for (int i = 1; atomic_load_explicit(&pool->unfinished, memory_order_acquire); i++)
         fomoe_pool_relax(i);
+}
+
+void fomoe_pool_run(fomoe_pool *pool, int num_tasks, fomoe_task_fn fn, void *arg)
+{
+    fomoe_pool_start(pool, num_tasks, fn, arg);
+    fomoe_pool_finish(pool);
 }

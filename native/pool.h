@@ -20,6 +20,11 @@ int fomoe_pool_num_threads(const fomoe_pool *pool);
  * One caller at a time. */
 void fomoe_pool_run(fomoe_pool *pool, int num_tasks, fomoe_task_fn fn, void *arg);
 
+/* The same without waiting: the other threads compute while the caller goes on. The next fomoe_pool_run or _start, or
+ * fomoe_pool_finish, helps with what is left and waits; `arg` must last until then. */
+void fomoe_pool_start(fomoe_pool *pool, int num_tasks, fomoe_task_fn fn, void *arg);
+void fomoe_pool_finish(fomoe_pool *pool);
+
 /* What to do in round `i` of a loop that waits for another thread: pause, and now and then let others run. */
 void fomoe_pool_relax(int i);
 

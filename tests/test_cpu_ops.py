@@ -250,6 +250,16 @@ def test_moe_that_lacks_an_expert_is_an_error_of_ours(ops: CpuOps) -> None:
         call.run([layer.addresses(e) for e in ALL])
 
 
+def test_moe_given_up_while_the_shared_expert_is_under_way(ops: CpuOps) -> None:
+    layer, other = Layer(moe_spec(), 50, True), Layer(moe_spec(), 1, True)
+    want = layer.output(ops, [ALL])
+    for _ in range(20):
+        other.begin(ops).shared()
+        layer.begin(ops).shared()
+        assert np.array_equal(layer.output(ops, [ALL]), want)
+    layer.begin(ops).shared()  # and close
+
+
 # ---- attention ----
 
 
