@@ -306,7 +306,6 @@ ROWS_256(q5_k)
 ROWS_256(q6_k)
 ROWS_256(iq4_xs)
 
-
 static fomoe_rows_fn rows_of_type(int type)
 {
     switch (type) {

@@ -30,6 +30,8 @@ TILE_INLINE void amx_configure(int columns)
         config.rows[i] = i < 6 ? AMX_TOKENS : (uint8_t)(columns / 4);
         config.row_bytes[i] = i == 4 || i == 5 ? (uint16_t)columns : 64;
     }
+    /* gcc 12 names only 8 bytes of the configuration as read by ldtilecfg, and may drop other stores. */
+    __asm__ volatile("" : : "r"(&config) : "memory");
     _tile_loadconfig(&config);
 }
 
