@@ -25,7 +25,8 @@ from fomoe.memory import prepare
 # Rows of the embedding that are kept decoded from the drive: text repeats its words.
 _KEPT_ROWS = 4096
 
-_GROUP_BYTES = 256 << 20
+# What is made ready before its reads begin: the first of them should not wait for more.
+_GROUP_BYTES = 64 << 20
 
 Progress = Callable[[int, int], None]
 
@@ -122,7 +123,7 @@ class DenseWeights:
         return total / max(time.perf_counter() - begin, 1e-9) / 1e9
 
     def _groups(self) -> Iterator[list[tuple[str, Extent]]]:
-        """Tensors in the order of the file, some hundred megabytes at a time."""
+        """Tensors in the order of the file, some ten megabytes at a time."""
         group: list[tuple[str, Extent]] = []
         for name, extent in self._extents.items():
             group.append((name, extent))
