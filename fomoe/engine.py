@@ -235,6 +235,8 @@ class Engine:
         self._stats.read_retries = reader.retries
         self._stats.short_reads = reader.short_reads
         self._stats.residency = self._loaded.residency.stats
+        self._stats.peak_bytes = host.peak_resident_bytes()
+        self._stats.planned_bytes = self._loaded.plan.total_bytes
         handover = self._loaded.store.stats.handover_ns
         self._stats.landed_to_compute_us = statistics.median(handover) / 1e3 if handover else None
         return self._stats

@@ -87,6 +87,12 @@ async def load(
     """Open, plan, allocate, read the dense weights. Raises FomoeError; nothing stays open then."""
     gguf = GgufFile.open(path)
     hp = models.describe(gguf)
+    if options.context > hp.context_length:
+        _log.warning(
+            "a context of %d tokens is more than this model's %d: beyond those it is not itself",
+            options.context,
+            hp.context_length,
+        )
     tokenizer = Tokenizer.from_gguf(gguf)
     if tokenizer.vocab_size != hp.vocab_size:
         raise FormatError(

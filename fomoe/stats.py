@@ -63,6 +63,8 @@ class Stats:
     read_retries: int = 0
     short_reads: int = 0
     landed_to_compute_us: float | None = None  # median, from a read's landing to its compute
+    peak_bytes: int = 0  # the largest resident set of the process so far
+    planned_bytes: int = 0  # what the memory plan allows it
     residency: ResidencyStats | None = None  # what the policies did
 
     def to_dict(self) -> dict[str, Any]:
@@ -75,6 +77,9 @@ class Stats:
         if self.residency:
             result += _prefetch_lines(self.residency)
             result += _car_lines(self.residency)
+        if self.planned_bytes:
+            peak, planned = format_size(self.peak_bytes), format_size(self.planned_bytes)
+            result.append(f"memory      {peak} at most, {planned} planned")
         return result
 
 
