@@ -10,6 +10,7 @@ a thread touches what will be used next while earlier pieces are being read into
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
@@ -17,6 +18,8 @@ from fomoe.io.arena import Arena
 from fomoe.io.reader import Reader
 
 R = TypeVar("R")
+
+_log = logging.getLogger(__name__)
 
 _PIECE = 64 << 20
 
@@ -57,12 +60,17 @@ class Background:
 
     def start(self, work: Awaitable[None]) -> None:
         async def run() -> None:
-            await work
+            try:
+                await work
+            except OSError as error:
+                _log.warning("%s: given up; everything works without, but slower", error)
 
         self._tasks.append(asyncio.create_task(run()))
 
     async def close(self) -> None:
-        """Cancel what has not ended, and wait for it."""
+        """Cancel what has not ended, and wait for it. Raises what an error of our own ended."""
         for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for result in await asyncio.gather(*self._tasks, return_exceptions=True):
+            if isinstance(result, Exception):
+                raise result

@@ -131,7 +131,10 @@ class _Load:
         self._reader.submit(
             [self._request(base + slot * self._request_bytes) for slot in range(outstanding)]
         )
-        await self._finished
+        try:
+            await self._finished
+        finally:
+            self._until = 0.0  # cancelled: what lands from now on starts nothing
 
     def _request(self, address: int) -> ReadRequest:
         file = self._rng.choices(range(len(self._sizes)), self._sizes)[0]

@@ -288,3 +288,17 @@ def test_an_error_of_the_user_closes_everything(model, slow_reads):
 
     with pytest.raises(ZeroDivisionError):
         run(main())
+
+
+def test_background_work_that_fails_is_told_and_done_without(model, monkeypatch, caplog):
+    async def no_memory(*_):
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr("fomoe.loading.prepare", no_memory)
+
+    async def main():
+        async with Engine.open(model, **OPTIONS) as engine:
+            assert len(await text_of(engine)) == 12
+
+    run(main())
+    assert "Cannot allocate memory" in caplog.text

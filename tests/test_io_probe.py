@@ -106,3 +106,20 @@ def test_a_drive_that_fails_is_said_to(path: Path, monkeypatch: pytest.MonkeyPat
     with pytest.raises(ReadError, match=r"measuring the drive.*Input/output error"):
         run(path, None)
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize("io", ["uring", "threads"])
+def test_a_probe_that_is_cancelled_starts_no_more_reads(path: Path, io: str) -> None:
+    complaints: list[dict[str, Any]] = []
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(lambda _, context: complaints.append(context))
+        for part in range(1, 11):
+            measuring = asyncio.create_task(probe_drive(path, cache=None, smallest_bytes=0, io=io))
+            await asyncio.sleep(part * 0.01)
+            measuring.cancel()
+            await asyncio.wait([measuring])
+
+    asyncio.run(main())
+    assert not complaints
