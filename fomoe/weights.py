@@ -123,13 +123,14 @@ class DenseWeights:
         return total / max(time.perf_counter() - begin, 1e-9) / 1e9
 
     def _groups(self) -> Iterator[list[tuple[str, Extent]]]:
-        """Tensors in the order of the file, some ten megabytes at a time."""
+        """Tensors in the order of the file, at most twice _GROUP_BYTES at a time."""
         group: list[tuple[str, Extent]] = []
-        for name, extent in self._extents.items():
-            group.append((name, extent))
-            if extent.address + extent.length - group[0][1].address >= _GROUP_BYTES:
-                yield group
-                group = []
+        for name, whole in self._extents.items():
+            for extent in _pieces(whole):
+                group.append((name, extent))
+                if extent.address + extent.length - group[0][1].address >= _GROUP_BYTES:
+                    yield group
+                    group = []
         if group:
             yield group
 
@@ -138,6 +139,14 @@ class DenseWeights:
 
     def __contains__(self, name: object) -> bool:
         return name in self._tensors
+
+
+def _pieces(extent: Extent) -> Iterator[Extent]:
+    """An extent cut every _GROUP_BYTES: the head of a large model alone has a gigabyte."""
+    for begin in range(0, extent.length, _GROUP_BYTES):
+        length = min(_GROUP_BYTES, extent.length - begin)
+        needed = min(length, extent.needed - begin)
+        yield Extent(extent.file, extent.offset + begin, length, extent.address + begin, needed)
 
 
 class EmbeddingRows:

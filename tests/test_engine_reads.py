@@ -89,3 +89,13 @@ def test_how_a_drive_is_read_best_is_remembered(model, tmp_path, monkeypatch):
 
     direct, _ = run(main())
     assert direct == (tmp_path / "cache" / "drives.json").exists()
+
+
+def test_dense_weights_are_the_same_in_pieces(model, monkeypatch):
+    async def main():
+        async with Engine.open(model, dram="300MiB", context=256, ubatch=64) as engine:
+            return await text_of(engine)
+
+    whole = run(main())
+    monkeypatch.setattr("fomoe.weights._GROUP_BYTES", 8192)
+    assert run(main()) == whole
