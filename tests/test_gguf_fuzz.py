@@ -123,7 +123,7 @@ def test_sound_but_not_supported(tmp_path: Path) -> None:
 def test_what_is_no_file(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         GgufFile.open(tmp_path / "none.gguf")
-    with pytest.raises(IsADirectoryError):
+    with pytest.raises(FormatError, match="not a file"):
         GgufFile.open(tmp_path)
 
 

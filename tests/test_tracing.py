@@ -262,8 +262,11 @@ def test_a_real_run_agrees_with_the_engines_own_counts(tmp_path: Path) -> None:
     for phase, own in zip(summary.phases, (stats.generation, stats.prompt), strict=True):
         assert (phase.tokens, phase.steps) == (own.tokens, own.steps)
         assert (phase.picks, phase.hit_rate) == (own.picks, own.hit_rate)
-        assert phase.reading.reads == own.expert_reads > 0
-        assert phase.reading.bytes == own.expert_bytes
+        # A read ahead that lands between two steps is in the recording, but in no step's counts.
+        late = phase.reading.reads - own.expert_reads
+        assert own.expert_reads > 0
+        assert 0 <= late <= 2
+        assert (phase.reading.bytes > own.expert_bytes) == bool(late)
         assert phase.compute_ns + phase.stalled_ns + phase.overhead_ns == phase.wall_ns
         assert phase.wall_ns <= own.seconds * 1e9
         assert phase.overhead_ns < 0.5 * phase.wall_ns
