@@ -94,6 +94,7 @@ def test_how_a_drive_is_read_best_is_remembered(model, tmp_path, monkeypatch):
 def test_dense_weights_are_the_same_in_pieces(model, monkeypatch):
     # The budget counts what the process holds, and other tests may have imported a lot.
     monkeypatch.setattr("fomoe.host.resident_bytes", lambda: 100 << 20)
+
     async def main():
         async with Engine.open(model, dram="300MiB", context=256, ubatch=64) as engine:
             return await text_of(engine)
