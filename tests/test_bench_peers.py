@@ -16,12 +16,15 @@ def fake_bench(path: Path, rates: dict[str, float], status: int = 0) -> Path:
         {"n_prompt": 512 * (test == "pp"), "n_gen": 64 * (test == "tg"), "avg_ts": rate}
         for test, rate in rates.items()
     ]
-    path.write_text(
-        f"#!{sys.executable}\nimport sys\n"
+    # Not the interpreter itself behind #!: its path may hold spaces.
+    script = path.with_suffix(".py")
+    script.write_text(
+        f"import sys\n"
         f"open({str(path)!r} + '.log', 'a').write(' '.join(sys.argv[1:]) + '\\n')\n"
         f"print('a line of its own')\nprint({json.dumps(rows)!r})\n"
         f"print('broken', file=sys.stderr)\nsys.exit({status})\n"
     )
+    path.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{script}" "$@"\n')
     path.chmod(0o755)
     return path
 

@@ -243,7 +243,8 @@ def test_a_real_run_agrees_with_the_engines_own_counts(tmp_path: Path) -> None:
     toy = write_toy(tmp_path / "toy.gguf", dataclasses.replace(K_TOY, layers=5, experts=16))
 
     async def main() -> Stats:
-        options = {"context": 256, "ubatch": 64, "trace": tmp_path / "t"}
+        # A read ahead of the last token may land after its step, and belong to no phase.
+        options = {"context": 256, "ubatch": 64, "trace": tmp_path / "t", "prefetch": "off"}
         with pytest.raises(BudgetError) as refusal:
             await Engine.open(toy, dram=1 << 20, **options)
         least = int(str(refusal.value).split("needs ")[1].split(" MiB")[0]) << 20
