@@ -33,10 +33,9 @@ _USES_HALVE = 4096
 
 @dataclass(slots=True)
 class _Prediction:
-    """What was predicted for a layer, best first, what of it was absent, and what was read."""
+    """What was predicted for a layer, best first, and what was read because of it."""
 
     experts: list[int]
-    absent: set[int]
     reads: list[int]
     made_ns: int
 
@@ -171,12 +170,14 @@ class Residency:
         )
         if reads:
             self._store.prefetch(layer, reads)
-        self._predictions[layer] = _Prediction(experts, set(absent), reads, time.perf_counter_ns())
+        self._predictions[layer] = _Prediction(experts, reads, time.perf_counter_ns())
 
     def _judge(self, layer: int, prediction: _Prediction, picks: set[int]) -> None:
         """Compare a prediction with what was picked, and its reads with what they saved."""
         elapsed = (time.perf_counter_ns() - prediction.made_ns) / 1e9
-        self._recall.note(prediction.experts, picks, picks & prediction.absent)
+        # What was absent when the prediction was made is absent still, or read because of it.
+        misses = {e for e in picks if e in prediction.reads or not self._store.is_known(layer, e)}
+        self._recall.note(prediction.experts, picks, misses)
         if self._tracer:
             self._tracer.event(
                 Kind.PREDICT,

@@ -132,3 +132,11 @@ def test_the_backfill_queue_hands_out_the_most_wanted_and_forgets_the_least():
         queue.add(layer, expert, share)
     assert [queue.take() for _ in range(len(queue))] == [(0, 2), (1, 1), (0, 1)]
     assert (queue.stats.queued, queue.stats.taken, queue.stats.forgotten) == (4, 3, 1)
+
+
+def test_the_recall_on_misses_counts_those_that_nobody_foresaw(model):
+    _, stats, _ = generate(model, n=48, prefetch="on")
+    recall = stats.residency.recall
+    assert recall.picks == recall.layers * 4
+    assert 0 < recall.foreseen_at_k < recall.picks
+    assert 0 < recall.misses_foreseen_at_k < recall.misses < recall.picks
