@@ -26,15 +26,15 @@ def groups(tmp_path, monkeypatch):
 
 def test_version_2_counts_what_others_use_but_not_the_page_cache(groups):
     left = groups(
-        "0::/work/mine\n",
+        "0::/jobs/mine\n",
         {
             "memory.max": "max",
-            "work/memory.max": 8000,
-            "work/memory.current": 3000,
-            "work/memory.stat": "anon 2000\nfile 1000\ninactive_file 700\nactive_file 300",
-            "work/mine/memory.max": "max",
-            "work/mine/memory.high": 5000,
-            "work/mine/memory.current": 1500,
+            "jobs/memory.max": 8000,
+            "jobs/memory.current": 3000,
+            "jobs/memory.stat": "anon 2000\nfile 1000\ninactive_file 700\nactive_file 300",
+            "jobs/mine/memory.max": "max",
+            "jobs/mine/memory.high": 5000,
+            "jobs/mine/memory.current": 1500,
         },
     )
     assert left == [3500, 6000]
