@@ -20,7 +20,8 @@ import numpy as np
 import numpy.typing as npt
 
 from fomoe.errors import ReadError
-from fomoe.experts.store import ExpertStep, ExpertStore
+from fomoe.experts.step import ExpertStep
+from fomoe.experts.store import ExpertStore
 from fomoe.kernels.ops import KvCache, Routing, Segment
 from fomoe.memory import finish
 from fomoe.models import HEAD_ROWS, Layer, Model
@@ -107,7 +108,7 @@ class Forward:
         if self._residency.audit_due():
             exact = await self._audit(chunks, rows, segments)
         logits = await self._layers(chunks, rows, segments)
-        self._store.clock += num_tokens
+        self._store.advance(num_tokens)
         await self._residency.end_step()
         if exact is not None:
             self._residency.note_audit(exact[0], logits[0])

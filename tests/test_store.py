@@ -87,7 +87,7 @@ def run_step(s, layer, experts, latest_first=False):
                 step.computed(some)
         finally:
             step.close()
-        s.store.clock += 1
+        s.store.advance(1)
         return order
 
     return asyncio.run(main())

@@ -1,0 +1,127 @@
+"""The experts that one step needs of one layer: handed to compute as they land.
+
+Owns: what is still to be read, waited for and handed out. Does not know: slots, how reads are
+made; its store does that.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+
+from fomoe.errors import ReadError
+from fomoe.experts.layer import LayerExperts, Resident
+from fomoe.experts.ledger import Ledger
+
+
+class ExpertStep:
+    """Use: while `experts := await step.landed()`, compute them and call computed(experts); close()
+    in any case. Made by ExpertStore.begin."""
+
+    __slots__ = (
+        "_arrived", "_begin_ns", "_error", "_landed_ns", "_late", "_ledger", "_on_closed",
+        "_on_computed", "_waker", "landed_experts", "layer", "lost", "passing", "pending",
+        "sweeping", "waiting", "wanted",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        layer: LayerExperts,
+        experts: Sequence[int],
+        *,
+        passing: bool,
+        ledger: Ledger,
+        on_computed: Callable[[ExpertStep, Sequence[int]], None],
+        on_closed: Callable[[ExpertStep], None],
+    ) -> None:
+        self.layer = layer
+        self.passing = passing
+        self.wanted = frozenset(experts)
+        # More experts than the layer has slots: newcomers must be worth more than who they
+        # displace.
+        self.sweeping = len(experts) > layer.cache.capacity
+        self.landed_experts: list[int] = []
+        self.waiting: set[int] = set()
+        self.pending: deque[int] = deque()  # no slot yet
+        self.lost = -1  # the expert that could not be read
+        self._ledger = ledger
+        self._on_computed = on_computed
+        self._on_closed = on_closed
+        self._landed_ns: dict[int, int] = {}
+        self._arrived: list[int] = []
+        self._late: set[int] = set()
+        self._begin_ns = time.perf_counter_ns()
+        self._waker: asyncio.Future[None] | None = None
+        self._error: ReadError | None = None
+
+    def expect_late(self, expert: int) -> None:
+        """A read that was started ahead has not landed yet."""
+        self.waiting.add(expert)
+        self._late.add(expert)
+
+    def arrived(self, expert: int, landed_ns: int, *, ordered: bool) -> None:
+        """A read has landed. With `ordered`, experts that were asked for together are handed out
+        together, so that who stays does not depend on which of them the drive brings first."""
+        self._landed_ns[expert] = landed_ns
+        self.waiting.remove(expert)
+        self._arrived.append(expert)
+        if ordered and self.waiting:
+            return
+        self.landed_experts += sorted(self._arrived) if ordered else self._arrived
+        self._arrived.clear()
+        self._wake()
+
+    def fail(self, expert: int, error: ReadError) -> None:
+        """A read failed for good: landed() raises."""
+        self.lost = expert
+        self._error = error
+        self._wake()
+
+    def take(self) -> list[Resident]:
+        """The experts that can be computed now, without waiting."""
+        experts, self.landed_experts = self.landed_experts, []
+        if self._landed_ns:
+            now, landed = time.perf_counter_ns(), self._landed_ns
+            self._ledger.note_handover([now - landed.pop(e) for e in experts if e in landed])
+        ready = self.layer.ready
+        return [ready[e] for e in experts]
+
+    @property
+    def complete(self) -> bool:
+        """Every expert has been handed out."""
+        return not (self.landed_experts or self.waiting or self.pending)
+
+    async def landed(self) -> list[Resident]:
+        """The experts that landed since the last call, waiting for one if none has; [] at the end.
+
+        Raises ReadError when a read failed for good.
+        """
+        if not self.landed_experts and (self.waiting or self.pending):
+            begin = time.perf_counter_ns()
+            if self._begin_ns:
+                window = begin - self._begin_ns
+                self.layer.window_ns += (window - self.layer.window_ns) / 16
+                self._begin_ns = 0
+            while not self.landed_experts and self._error is None:
+                self._waker = asyncio.get_running_loop().create_future()
+                await self._waker
+            self._waker = None
+            expert = self.landed_experts[0] if self.landed_experts else None
+            self._ledger.note_stall(self.layer.index, begin, expert, late=expert in self._late)
+        if self._error is not None:
+            raise self._error
+        return self.take()
+
+    def computed(self, experts: Sequence[Resident]) -> None:
+        """Compute is done with experts that take() or landed() gave."""
+        self._on_computed(self, [e[0] for e in experts])
+
+    def close(self) -> None:
+        """The step is over; what is still being read lands in the cache."""
+        self._on_closed(self)
+
+    def _wake(self) -> None:
+        if self._waker is not None and not self._waker.done():
+            self._waker.set_result(None)
