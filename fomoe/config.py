@@ -57,6 +57,8 @@ class EngineOptions:
     io, direct: how files are read (see fomoe.io.open).
     cpu_isa: "auto", or a lesser instruction set than the processor has, for comparisons.
     cache_policy: who stays in the expert cache (see fomoe.experts.cache).
+    cache_share: slots for at most this share of a layer's experts, whatever the budget: what a file
+        so much larger than memory would have.
     prefetch: reads of predicted experts, "auto" (while they pay), "on" or "off".
     profile: a file of use counts that seeds the cache, and is written at close.
     record_routes: a file that every routing is recorded to (see fomoe.experts.routes).
@@ -78,6 +80,7 @@ class EngineOptions:
     direct: Direct = "auto"
     cpu_isa: str = "auto"
     cache_policy: str = "lfu"
+    cache_share: float = 1.0
     replicas: tuple[Path, ...] = ()
     prefetch: Mode = "auto"
     profile: Path | None = None
@@ -97,6 +100,8 @@ class EngineOptions:
             raise RequestError(f"threads must be at least 1, not {self.threads}")
         if self.dram is not None and self.dram < 1:
             raise RequestError(f"dram must be a positive number of bytes, not {self.dram}")
+        if not 0.0 < self.cache_share <= 1.0:
+            raise RequestError(f"cache_share is a share between 0 and 1, not {self.cache_share}")
         if not 0.0 <= self.car_audit <= 1.0:
             raise RequestError(f"car_audit is a share between 0 and 1, not {self.car_audit}")
         for name, allowed in (

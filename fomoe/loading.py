@@ -261,6 +261,7 @@ def _plan(
         fixed=[(name, size) for name, size in fixed if size],
         layers=needs,
         expert_bytes_per_token=per_token,
+        cache_share=options.cache_share,
     )
 
 

@@ -100,8 +100,10 @@ def make_plan(
     fixed: Sequence[tuple[str, int]],
     layers: Sequence[LayerNeed],
     expert_bytes_per_token: int,
+    cache_share: float = 1.0,
 ) -> MemoryPlan:
     """Divide `budget` bytes (None: most of `available`, but no more than there is use for).
+    No layer gets slots for more than `cache_share` of its experts.
 
     Raises BudgetError, with the number that would do, when one layer's working set does not fit.
     """
@@ -126,13 +128,16 @@ def make_plan(
             "with --dram, or shorten the context (-c) or the step (-ub)"
         )
     room = budget - fixed_bytes
-    if room >= everything:
+    if room >= everything and cache_share == 1.0:
         quota = [layer.num_experts for layer in layers]
         transit = dict.fromkeys(by_size, 0)
     else:
         transit = _transit(room, layers, by_size)
         room -= sum(size * n for size, n in transit.items())
-        quota = _share_out(room, layers)
+        quota = [
+            min(n, int(layer.num_experts * cache_share))
+            for n, layer in zip(_share_out(room, layers), layers, strict=True)
+        ]
     return MemoryPlan(
         budget=budget,
         budget_source=source,

@@ -209,21 +209,25 @@ class Residency:
             tracer.event(Kind.SUBSTITUTE, now, now, layer, pick, clock, a=other, b=moved)
 
     async def end_step(self) -> None:
-        """A step is over. In deterministic mode this is when displaced experts are read, as many
-        at every token, so that what is resident depends on the input alone.
+        """A step is over. In deterministic mode this is when displaced experts are read, one for
+        every layer, so that what is resident depends on the input alone.
         """
         if self._recorder:
             self._recorder.end()
         if self.uses is not None and self._store.clock % _USES_HALVE == 0:
             self.uses *= 0.5
         if self._backfill is not None and self._deterministic:
-            for _ in range(min(_BACKFILL_FLIGHT, len(self._backfill))):
-                layer, expert = self._backfill.take()
-                self._store.prefetch(layer, [expert])
+            for _ in range(min(self._store.num_layers, len(self._backfill))):
+                self._fill(self._backfill)
             await self._store.settle()
 
     def _pump(self, queue: BackfillQueue) -> None:
         """Keep the background of the drive busy; demand reads go first in any case."""
         while queue and self._store.num_ahead < _BACKFILL_FLIGHT:
-            layer, expert = queue.take()
-            self._store.prefetch(layer, [expert])
+            self._fill(queue)
+
+    def _fill(self, queue: BackfillQueue) -> None:
+        """Read the most wanted expert, if it is worth more to its layer than who would leave."""
+        layer, expert = queue.take()
+        if not self._store.is_known(layer, expert):
+            queue.stats.read += self._store.prefetch(layer, [expert])

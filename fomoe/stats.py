@@ -107,7 +107,7 @@ def _car_lines(stats: ResidencyStats) -> list[str]:
     lines = [
         f"CAR         {100 * car.substitutions / car.picks:.1f} % of the picks substituted,"
         f" {100 * car.moved_mass / car.token_layers:.2f} % of the weight moved,"
-        f" {car.reads_avoided} reads avoided, {backfill.taken} backfilled"
+        f" {car.reads_avoided} reads avoided, {backfill.read} backfilled"
     ]
     if car.audits:
         lines.append(

@@ -63,8 +63,6 @@ def test_prior_follows_the_layers_logit_range() -> None:
     for _ in range(200):
         car.select(0, wide, ids, weights, there)
     assert car.select(0, logits, ids, weights, there).displaced != []
-    car.reset()
-    assert car.select(0, logits, ids, weights, there).displaced == []
 
 
 @pytest.mark.parametrize("seed", range(30))

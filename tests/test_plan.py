@@ -10,13 +10,14 @@ FIXED = (("dense weights", 100 * MIB), ("KV cache", 20 * MIB))
 MINIMUM = 120 * MIB + 4 * (2 + 3) * MIB
 
 
-def plan(budget, available=64 << 30):
+def plan(budget, available=64 << 30, **more):
     return make_plan(
         budget=budget,
         available=available,
         fixed=FIXED,
         layers=LAYERS,
         expert_bytes_per_token=4 * 15 * MIB,
+        **more,
     )
 
 
@@ -34,6 +35,14 @@ def test_with_room_for_everything_nothing_travels():
     assert p.all_resident
     assert p.quota == (64,) * 6
     assert [c.transit for c in p.classes] == [0, 0]
+
+
+def test_a_share_of_the_experts_does_not_depend_on_the_budget():
+    small = plan(None, cache_share=0.17)
+    assert small.quota == (10,) * 6
+    assert all(c.transit >= 4 for c in small.classes)
+    assert plan(120 * MIB + EVERYTHING, cache_share=0.17).quota == small.quota
+    assert max(plan(300 * MIB, cache_share=0.5).quota) < 32
 
 
 def test_without_a_budget_what_is_free_is_planned_but_no_more_than_needed():

@@ -68,6 +68,10 @@ def add_engine_arguments(parser: argparse.ArgumentParser, context: int | None = 
         help="who stays in memory: lfu, lfru, lru (default: %(default)s)",
     )  # fmt: skip
     group.add_argument(
+        "--cache-share", type=float, default=1.0, metavar="SHARE",
+        help="slots for at most this share of the experts: a small model as if it were large",
+    )  # fmt: skip
+    group.add_argument(
         "--prefetch", choices=("auto", "on", "off"), default="auto",
         help="read predicted experts ahead: auto stops when it does not pay (default: %(default)s)",
     )  # fmt: skip
@@ -128,6 +132,7 @@ def open_engine(args: argparse.Namespace, *, quiet: bool = False, **more: Any) -
         "replicas": tuple(args.replica),
         "cpu_isa": args.cpu_isa,
         "cache_policy": args.cache_policy,
+        "cache_share": args.cache_share,
         "prefetch": args.prefetch,
         "profile": args.profile,
         "record_routes": args.record_routes,

@@ -11,10 +11,12 @@ from dataclasses import dataclass
 
 @dataclass(slots=True)
 class BackfillStats:
-    """Displaced experts: asked for, handed out to be read, and forgotten for want of room."""
+    """Displaced experts: asked for, handed out, read because they were worth a slot (which the
+    caller counts), and forgotten for want of room."""
 
     queued: int = 0
     taken: int = 0
+    read: int = 0
     forgotten: int = 0
 
 

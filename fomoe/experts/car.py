@@ -170,10 +170,6 @@ class CacheAwareRouter:
         self.stats = CarStats()
         self._ranges = [0.0] * num_layers
 
-    def reset(self) -> None:
-        """Forget the running logit ranges, so that a sequence does not depend on earlier ones."""
-        self._ranges = [0.0] * len(self._ranges)
-
     def select(
         self, layer: int, logits: F32Array, ids: I32Array, weights: F32Array, available: BoolArray
     ) -> Selection:

@@ -134,6 +134,10 @@ class ExpertStore:
         """The expert is in memory, or being read."""
         return self._layers[layer].address[expert] != 0
 
+    @property
+    def num_layers(self) -> int:
+        return len(self._layers)
+
     def expert_bytes(self, layer: int) -> int:
         return self._layers[layer].layout.expert_bytes
 
