@@ -26,17 +26,18 @@ I32Array = npt.NDArray[np.int32]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tensor:
-    """A quantised tensor in host memory.
+    """A quantised tensor in memory that the backend computes in: the host's, or a device's.
 
     `shape` is row-major; the last dimension is the quantised one. `data` is uint8, exactly nbytes
-    long, at any alignment; whoever made it keeps it valid and unchanged for as long as the tensor
-    is used.
+    long, at any alignment: a numpy array, or for a backend of a device an array of that device
+    (aligned, unless it is a part of another tensor). Whoever made it keeps it valid and unchanged
+    for as long as the tensor is used.
     """
 
     name: str
     type: QuantType
     shape: tuple[int, ...]
-    data: npt.NDArray[np.uint8]
+    data: A
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,0 +1,114 @@
+"""A device that computes and has memory of its own: the seam between the engine and CUDA, HIP, or
+threads of the host that stand for one.
+
+Owns: the signatures. Does not know: models, experts, which device runs.
+
+Work on a device is queued on streams. A stream does its work in order; streams meet in events only.
+What is queued may run at any later time, so memory that queued work reads or writes stays as it is
+until an event recorded after the work has been reached. All methods are called on the event loop's
+thread, `close` included, and none of them waits for the device.
+
+Host and device meet in host memory: an array of `host_array` (pinned where that can be had) that a
+stream copies into is valid on the host once an event recorded after the copy has been reached. That
+is the mailbox of a router: `ids`, `weights` and `logits` of the Routing that a device's Ops.route
+returns are such arrays, while its kernels take the device's own ids. So the experts that are in the
+device's memory are launched straight from a table, the host reads the mailbox meanwhile, and only a
+miss makes the device wait for the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import numpy.typing as npt
+
+from fomoe.kernels.ops import A, MoeCall, MoeSpec, Ops, Routing, W
+
+# Device memory is given out in multiples of this, and so is every matrix of an expert in a slot:
+# 16-byte loads are legal wherever block sizes allow them.
+DEVICE_ALIGNMENT = 256
+
+
+class Event(Protocol):
+    """A point in a stream's work. Reached once all work queued before it has been done."""
+
+    def done(self) -> bool:
+        """Whether it has been reached; does not wait."""
+
+
+class Stream(Protocol):
+    """Work in order, on one device."""
+
+    def call(self, work: Callable[[], object]) -> None:
+        """Queue work. On a GPU `work` is called now, and what it launches and copies is queued; on
+        the host it is called later, by the stream's thread. What it returns is dropped."""
+
+    def copy(self, target: int, source: int, nbytes: int) -> None:
+        """Queue a copy between any two addresses, of this device, another one, or the host."""
+
+    def record(self) -> Event:
+        """An event after all work queued so far."""
+
+    def wait(self, event: Event) -> None:
+        """Work queued from here on begins after the event, whose stream may be another device's."""
+
+
+class DeviceMoeCall(MoeCall, Protocol):
+    """MoeCall of a device. Addresses are of its memory; run() may come after run_table()."""
+
+    def run_table(self, table: A) -> None:
+        """Compute every pick whose expert is in `table`, as the table is when this work's turn
+        comes: int64 [experts, 3] in device memory, the addresses of gate, up and down, or zeros."""
+
+
+class DeviceOps(Ops, Protocol):
+    """The operations of a device. Each queues its work on the stream that calls it, and may be
+    called from one `Stream.call` at a time."""
+
+    def moe(
+        self, spec: MoeSpec, routing: Routing, shared: tuple[W, W, W, W | None] | None
+    ) -> DeviceMoeCall:
+        """As in Ops. Where the host has put other arrays into routing.ids and routing.weights, those
+        are computed; else the device's own, without waiting for the host."""
+
+    def close(self) -> None:
+        """Let go of threads and arrays; the device is idle."""
+
+
+class Device(Protocol):
+    """One device: "cuda:0", or "cpu" for threads that stand for one."""
+
+    name: str
+    compute: Stream
+    uploads: Stream  # from host memory
+    shares_memory: bool  # its kernels can read host memory as fast as their own
+
+    def allocate(self, nbytes: int) -> int:
+        """The address of memory of the device, aligned to DEVICE_ALIGNMENT, its own until close.
+        Raises MemoryError."""
+
+    def array(self, shape: Sequence[int], dtype: npt.DTypeLike) -> A:
+        """An array of zeros in device memory, of the kind that the device's Ops take."""
+
+    def host_array(self, shape: Sequence[int], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+        """An array of zeros in host memory that copies run at full speed with."""
+
+    def address(self, array: A) -> int:
+        """Where an array of array() (or a contiguous part of one) starts."""
+
+    def pin(self, address: int, nbytes: int) -> None:
+        """Let copies from this host memory run at full speed and without the host. Raises OSError
+        where the system refuses; copies work all the same."""
+
+    def when(self, event: Event, callback: Callable[[], None]) -> None:
+        """Call back on the event loop, soon after the event has been reached."""
+
+    def failure(self) -> BaseException | None:
+        """What went wrong in queued work, for good."""
+
+    def memory(self) -> tuple[int, int]:
+        """Bytes of the device's memory: free now, in all."""
+
+    def close(self) -> None:
+        """Give all memory back. Nothing may be queued."""
