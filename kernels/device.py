@@ -69,7 +69,7 @@ class DeviceOps(Ops, Protocol):
     def moe(
         self, spec: MoeSpec, routing: Routing, shared: tuple[W, W, W, W | None] | None
     ) -> DeviceMoeCall:
-        """As in Ops. Where the host has put other arrays into routing.ids and routing.weights, those
+        """As in Ops. Where the host put other arrays into routing.ids and routing.weights, those
         are computed; else the device's own, without waiting for the host."""
 
     def close(self) -> None:
