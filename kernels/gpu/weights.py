@@ -1,0 +1,57 @@
+"""Quantised matrices in device memory.
+
+Owns: their bytes, as they lie in the file, and the address that kernels take. Does not know: what
+is computed with them, memory budgets.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fomoe.errors import UnsupportedError
+from fomoe.kernels.ops import Tensor
+from fomoe.kernels.table import QuantType
+
+# What a kernel may read at once; allocations of torch and slots of the expert tiers are aligned so.
+ALIGNMENT = 16
+
+SUPPORTED = frozenset(
+    (
+        "F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K",
+        "IQ4_NL", "IQ4_XS", "MXFP4",
+    )
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GpuWeight:
+    """A matrix [rows, cols]: `data` is uint8 [rows * row bytes] on the device, 16-byte aligned."""
+
+    rows: int
+    cols: int
+    type: QuantType
+    data: Any
+
+    def __post_init__(self) -> None:
+        assert self.data.numel() == self.rows * self.type.row_bytes(self.cols)
+        assert self.data.data_ptr() % ALIGNMENT == 0
+
+
+def require_supported(type_: QuantType, name: str) -> None:
+    """UnsupportedError where no kernel reads the type."""
+    if type_.name not in SUPPORTED:
+        raise UnsupportedError(
+            f"{name} is of type {type_.name}, which the GPU kernels do not read; use --device cpu"
+        )
+
+
+def upload(tensor: Tensor, device: str) -> GpuWeight:
+    """A matrix copied to `device`, in the caller's stream; UnsupportedError for other types."""
+    require_supported(tensor.type, tensor.name)
+    rows, cols = tensor.shape
+    data = torch.empty(tensor.data.nbytes, dtype=torch.uint8, device=device)
+    data.copy_(torch.from_numpy(tensor.data.reshape(-1)))
+    return GpuWeight(rows=rows, cols=cols, type=tensor.type, data=data)
