@@ -1,4 +1,5 @@
 import asyncio
+import io
 import math
 
 import numpy as np
@@ -103,3 +104,16 @@ def test_an_interrupted_run_is_continued(capsys, model, text, tmp_path):
     status, _, err = run(capsys, *common, "--resume", journal, "--stride", 8)
     assert status == 1
     assert "another model, text or setting" in err
+
+
+def test_the_text_is_read_before_the_event_loop_runs(model, monkeypatch, capsys):
+    class Stdin(io.TextIOWrapper):
+        @property
+        def buffer(self):
+            with pytest.raises(RuntimeError):  # no running loop: a pipe may take its time
+                asyncio.get_running_loop()
+            return super().buffer
+
+    monkeypatch.setattr("sys.stdin", Stdin(io.BytesIO(TEXT.encode())))
+    assert main(["perplexity", "-m", str(model), "-c", "32", "--chunks", "1", "-t", "1"]) == 0
+    assert "PPL = " in capsys.readouterr().out

@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import sys
+from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +40,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(prompt=None)
 
 
-async def run(args: argparse.Namespace) -> int:
-    text = read_prompt(args)
+def run(args: argparse.Namespace) -> Coroutine[Any, Any, int]:
     if args.kl and args.kl_base:
         raise RequestError("--kl compares with a file that --kl-base wrote: give one of them")
     if args.kl_base and args.car != "off":
         raise RequestError("--kl-base writes exact log-probabilities: leave --car out")
+    return _run(args, read_prompt(args))
+
+
+async def _run(args: argparse.Namespace, text: str) -> int:
     async with open_engine(args) as engine:
         tokenizer = engine.tokenizer
         ids = tokenizer.encode(text)
