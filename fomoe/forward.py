@@ -171,9 +171,10 @@ class Forward:
             self._residency.routed(index, routing)
         experts, counts = _distinct(routing)
         self._note_prediction(index, experts)
-        call = await self._compute(Part.ROUTE, index, layer.experts, routing)
+        # Before anything else: the drive is idle until it is told.
         step = self._store.begin(index, experts, counts, passing=audit)
         try:
+            call = await self._compute(Part.ROUTE, index, layer.experts, routing)
             # First: it may be computed by other threads while Python gets the experts ready.
             await self._compute(Part.SHARED, index, call.shared)
             resident = step.take()

@@ -33,6 +33,7 @@ from fomoe.gguf import GgufFile
 from fomoe.io.arena import Arena
 from fomoe.io.open import open_reader
 from fomoe.io.probe import Drive, probe_drive
+from fomoe.io.queued import ReadOptions
 from fomoe.io.reader import Reader
 from fomoe.kernels.cpu import CpuOps
 from fomoe.memory import Background, prepare
@@ -339,6 +340,7 @@ def _residency(
             hp.num_layers,
             bytes_per_s=drive.bytes_per_second if drive else _UNMEASURED_BYTES_PER_S,
             latency_s=_LATENCY_S,
+            in_flight_bytes=_background_bytes(drive),
         ),
         backfill=options.backfill,
         deterministic=options.deterministic,
@@ -347,6 +349,12 @@ def _residency(
         uses=_profile(gguf, hp, options, exits),
         tracer=tracer,
     )
+
+
+def _background_bytes(drive: Drive | None) -> int:
+    """What a read that nobody waits for has in flight."""
+    read_options = drive.options() if drive else ReadOptions()
+    return read_options.background_read_bytes * read_options.background_depth
 
 
 def _profile(

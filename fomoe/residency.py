@@ -36,6 +36,7 @@ class _Prediction:
     """What was predicted for a layer, best first, and what was read because of it."""
 
     experts: list[int]
+    absent: list[tuple[int, int]]  # place in `experts`, expert
     reads: list[int]
     made_ns: int
 
@@ -159,18 +160,14 @@ class Residency:
         experts = list(dict.fromkeys(routing.ids.T.ravel().tolist()))
         if self._recorder and len(routing.ids):
             self._recorder.prediction(layer, routing.ids)
-        absent = [e for e in experts if not self._store.is_known(layer, e)]
+        known = self._store.is_known
+        absent = [(i, e) for i, e in enumerate(experts) if not known(layer, e)]
         self._store.protect(layer, experts)
-        reads = self._prefetcher.choose(
-            layer,
-            absent,
-            self._store.expert_bytes(layer),
-            idle=self._store.drive_idle,
-            clock=self._store.clock,
-        )
+        expert_bytes, clock = self._store.expert_bytes(layer), self._store.clock
+        reads = self._prefetcher.choose(layer, absent, expert_bytes, clock=clock)
         if reads:
-            self._store.prefetch(layer, reads)
-        self._predictions[layer] = _Prediction(experts, reads, time.perf_counter_ns())
+            self._store.prefetch(layer, reads, guess=True)
+        self._predictions[layer] = _Prediction(experts, absent, reads, time.perf_counter_ns())
 
     def _judge(self, layer: int, prediction: _Prediction, picks: set[int]) -> None:
         """Compare a prediction with what was picked, and its reads with what they saved."""
@@ -188,16 +185,22 @@ class Residency:
                 a=len(prediction.experts),
                 b=len(picks.intersection(prediction.experts)),
             )
-        self._prefetcher.note_window(layer, elapsed + self._store.window_seconds(layer))
-        whole = self._store.read_seconds
-        for rank, expert in enumerate(prediction.reads):
+        prefetcher, expert_bytes = self._prefetcher, self._store.expert_bytes(layer)
+        prefetcher.note_window(layer, elapsed)
+        for place, expert in prediction.absent:
+            prefetcher.note_place(place, picked=expert in picks)
+        whole, cost = prefetcher.read_seconds(expert_bytes), prefetcher.cost_seconds(expert_bytes)
+        for expert in prediction.reads:
+            # One after the other: what was not reached saved nothing and cost nothing.
+            saved, used = min(max(elapsed, 0.0), whole), expert in picks
             ready = self._store.is_ready(layer, expert)
-            used = expert in picks
-            saved = (whole if ready else min(elapsed, whole)) if used else 0.0
-            cost = 0.0 if used or ready else max(whole - elapsed, 0.0)
-            self._prefetcher.note_outcome(
-                rank, self._store.clock, used=used, saved_s=saved, cost_s=cost
+            prefetcher.note_outcome(
+                self._store.clock,
+                used=used,
+                saved_s=saved if used else 0.0,
+                cost_s=0.0 if used or ready or not saved else cost,
             )
+            elapsed -= whole
 
     def _note_substitutions(
         self, tracer: Tracer, layer: int, picks: npt.NDArray[np.int32], chosen: Selection

@@ -161,6 +161,13 @@ class QueuedReader:
         self._call_done(request)
         return True
 
+    def abandon(self, request: ReadRequest) -> None:
+        ident = self._ids.get(request)
+        if ident is None or self.cancel(request):
+            return
+        if lib.fomoe_reader_abandon(self._reader, ident):
+            self._loop.call_soon(self._on_ready)
+
     def promote(self, request: ReadRequest) -> None:
         ident = self._ids.get(request)
         if ident is not None:

@@ -56,7 +56,7 @@ class ReaderStats:
     """Counters since the reader was opened."""
 
     reads: int = 0  # requests that landed
-    bytes: int = 0  # bytes asked of the drive for them
+    bytes: int = 0  # that the drive gave, abandoned requests included
     retries: int = 0
     short_reads: int = 0
     errors: int = 0
@@ -85,6 +85,11 @@ class Reader(Protocol):
     def cancel(self, request: ReadRequest) -> bool:
         """Take back a request that has not started: `done` is called with cancelled set. False when
         it is in flight already: it then runs to its end."""
+
+    def abandon(self, request: ReadRequest) -> None:
+        """Nobody wants the request any more: what of it has not been sent to the drive is not read.
+        `done` is called all the same, now or later: with `cancelled` set, or, when the whole was in
+        flight, as for any that lands."""
 
     def promote(self, request: ReadRequest) -> None:
         """A background request is now waited for: move what is left of it to the demand queue."""

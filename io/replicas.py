@@ -101,6 +101,7 @@ class _Whole:
     priority: Priority
     parts: dict[ReadRequest, _Replica] = field(default_factory=dict)
     taken_back: list[Extent] | None = None  # not None while the whole is being cancelled
+    abandoned: bool = False
 
 
 class ReplicaReader:
@@ -162,6 +163,14 @@ class ReplicaReader:
             self._send([(whole, taken_back)], whole.priority)
         return False
 
+    def abandon(self, request: ReadRequest) -> None:
+        whole = self._wholes.get(request)
+        if whole is None:
+            return
+        whole.abandoned = True
+        for part, replica in list(whole.parts.items()):
+            replica.reader.abandon(part)
+
     def promote(self, request: ReadRequest) -> None:
         whole = self._wholes.get(request)
         if whole is None or whole.priority is Priority.DEMAND:
@@ -222,7 +231,7 @@ class ReplicaReader:
         elif part.cancelled and whole.taken_back is not None:
             whole.taken_back.extend(part.extents)
             return
-        elif self._closing:
+        elif self._closing or whole.abandoned:
             request.cancelled = True
         elif part.error is not None and len(self._alive()) == 1 and replica.alive:
             request.error = part.error

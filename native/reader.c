@@ -46,6 +46,21 @@ int fomoe_reader_cancel(fomoe_reader *r, int64_t id)
     return rc < 0 ? rc : fresh;
 }
 
+int fomoe_reader_abandon(fomoe_reader *r, int64_t id)
+{
+    fomoe_request *q = (void *)(intptr_t)id;
+    int landed = 0;
+    pthread_mutex_lock(&r->lock);
+    if (q->waiting) {
+        q->error = ECANCELED;
+        fomoe_request_stop_waiting(r, q);
+        landed = !q->num_pieces;
+        fomoe_request_land_when_complete(r, q);
+    }
+    pthread_mutex_unlock(&r->lock);
+    return landed;
+}
+
 int fomoe_reader_promote(fomoe_reader *r, int64_t id)
 {
     fomoe_request *q = (void *)(intptr_t)id;

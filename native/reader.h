@@ -31,7 +31,7 @@ typedef struct {
 } fomoe_landing;
 
 typedef struct {
-    int64_t bytes;          /* asked of the drive, by pieces that came back whole */
+    int64_t bytes;          /* that the drive gave, wanted or not */
     int64_t retries;
     int64_t short_reads;
     int64_t in_flight_bytes;
@@ -99,6 +99,9 @@ int fomoe_reader_submit(fomoe_reader *reader, int lane, const fomoe_extent *exte
 int fomoe_reader_reap(fomoe_reader *reader, fomoe_landing *landings, int max);
 /* 1 when the request had not started and is gone now, 0 when it runs to its end. */
 int fomoe_reader_cancel(fomoe_reader *reader, int64_t id);
+/* Read nothing more of a request: it lands with ECANCELED once its pieces in flight are back, or whole when all of it
+ * is in flight. 1 when it has landed by that, without a sign to the event descriptor. */
+int fomoe_reader_abandon(fomoe_reader *reader, int64_t id);
 /* Put what is left of a background request at the end of the demand lane. */
 int fomoe_reader_promote(fomoe_reader *reader, int64_t id);
 /* Cut nothing any more: what waits lands with ECANCELED once its pieces in flight are back. */

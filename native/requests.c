@@ -200,14 +200,14 @@ void fomoe_reader_finish(fomoe_reader *r, fomoe_piece *p, int64_t result)
     r->in_flight[p->lane]--;
     r->counts.in_flight_bytes -= p->length - p->done;
     int error = judge(r, p, result);
+    if (result > 0 && error != AGAIN)
+        r->counts.bytes += p->length;
     if (error == AGAIN) {
         p->next = r->again;
         r->again = p;
         return;
     }
-    if (!error) {
-        r->counts.bytes += p->length;
-    } else if (!q->error) {
+    if (error && !q->error) {
         q->error = error;
         q->error_file = p->file;
         q->error_offset = p->offset + p->done;

@@ -73,6 +73,11 @@ class FaultyReader:
         inner = self._inner.get(request)
         return inner is not None and self._reader.cancel(inner)
 
+    def abandon(self, request: ReadRequest) -> None:
+        inner = self._inner.get(request)
+        if inner is not None:
+            self._reader.abandon(inner)
+
     def promote(self, request: ReadRequest) -> None:
         inner = self._inner.get(request)
         if inner is not None:

@@ -370,7 +370,31 @@ def test_on_memory_file_system(io: Any) -> None:
         path.unlink()
 
 
-def test_any_mix_of_submit_cancel_and_promote(tmp_path: Path, way: tuple[Any, Any]) -> None:
+def test_an_abandoned_request_reads_no_more_and_is_done_once(
+    tmp_path: Path, way: tuple[Any, Any]
+) -> None:
+    write_bytes(tmp_path / "a", 8 << 20)
+
+    async def check() -> None:
+        async with open_rig([tmp_path / "a"], *way, arena_bytes=64 << 20) as rig:
+            length = 2 << 20
+            entries = [rig.request([(0, i << 20, length)]) for i in range(3)]
+            rig.reader.submit([request for request, _, _ in entries])
+            rig.reader.abandon(entries[0][0])  # begun: not all of it can be in flight
+            rig.reader.abandon(entries[2][0])  # not begun
+            assert entries[2][0].cancelled
+            for request, _, landed in entries:
+                await asyncio.wait_for(landed, 20)
+                assert request.error is None
+            assert [request.cancelled for request, _, _ in entries] == [True, False, True]
+            assert rig.reader.idle()
+            assert rig.reader.stats.bytes < 2 * length
+            rig.reader.abandon(entries[1][0])  # done already: nothing happens
+
+    run(check())
+
+
+def test_any_mix_of_submit_cancel_abandon_and_promote(tmp_path: Path, way: tuple[Any, Any]) -> None:
     data = write_bytes(tmp_path / "a", 2 << 20)
     rng = np.random.default_rng(11)
 
@@ -379,14 +403,16 @@ def test_any_mix_of_submit_cancel_and_promote(tmp_path: Path, way: tuple[Any, An
             for _ in range(10):
                 entries: list[Any] = []
                 for _ in range(60):
-                    choice = rng.integers(4)
-                    if choice >= 2 or not entries:
+                    choice = rng.integers(6)
+                    if choice >= 3 or not entries:
                         offset = int(rng.integers(1 << 20))
                         length = int(rng.integers(1, 200_000))
                         entries.append((offset, length, *rig.request([(0, offset, length)])))
                         rig.reader.submit([entries[-1][2]], Priority(int(rng.integers(2))))
                     elif choice == 1:
                         rig.reader.promote(entries[int(rng.integers(len(entries)))][2])
+                    elif choice == 2:
+                        rig.reader.abandon(entries[int(rng.integers(len(entries)))][2])
                     else:
                         rig.reader.cancel(entries[int(rng.integers(len(entries)))][2])
                     if rng.integers(8) == 0:

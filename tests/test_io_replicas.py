@@ -111,6 +111,9 @@ class SlowDrive:
                 return True
         return False
 
+    def abandon(self, request: ReadRequest) -> None:
+        self.cancel(request)
+
     def promote(self, request: ReadRequest) -> None:
         if request in self._queues[1]:
             self._queues[1].remove(request)
@@ -209,6 +212,26 @@ def test_cancel_is_all_or_nothing(clock: Clock) -> None:
     assert drives[0].bytes + drives[1].bytes == 600_000
     assert len(done) == 3
     assert not reader.cancel(requests[0])
+    assert reader.idle()
+
+
+def test_an_abandoned_request_is_done_once_whatever_was_under_way(clock: Clock) -> None:
+    drives = [SlowDrive(clock, 1, 1e9), SlowDrive(clock, 2, 1e9)]
+    reader = ReplicaReader(drives, ["one", "two"])
+    done: list[ReadRequest] = []
+    requests = requests_of(3, 100_000, done)
+    reader.submit(requests)
+    for request in requests[1:]:
+        reader.abandon(request)
+    clock.run()
+    assert sorted(map(id, done)) == sorted(map(id, requests))
+    assert not requests[0].cancelled
+    assert requests[2].cancelled
+    assert drives[0].bytes + drives[1].bytes < 900_000
+    assert all(
+        drive.num_started and replica.alive
+        for drive, replica in zip(drives, reader._replicas, strict=True)
+    )
     assert reader.idle()
 
 

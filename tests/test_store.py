@@ -21,6 +21,7 @@ class HandReader:
     def __init__(self):
         self.flying = []
         self.promoted = []
+        self.abandoned = []
 
     def submit(self, requests, priority=Priority.DEMAND):
         for request in requests:
@@ -29,6 +30,9 @@ class HandReader:
 
     def promote(self, request):
         self.promoted.append(request)
+
+    def abandon(self, request):
+        self.abandoned.append(request)
 
     def land(self, *, error=None, count=None):
         some, self.flying = self.flying[:count], self.flying[count:] if count else []
@@ -230,3 +234,26 @@ def test_what_was_read_ahead_in_vain_is_dropped():
     run_step(s, 1, [3])
     s.reader.land()
     assert free_slots(s) == 4
+
+
+def test_a_guess_evicts_nobody_until_it_is_used():
+    s = make(quota=2, transit=6, layers=1, top_k=2)
+    run_step(s, 0, [1, 2])
+    assert s.store.prefetch(0, [5, 6, 7], guess=True) == 3
+    s.reader.land(count=1)
+    assert s.store.is_ready(0, 1)
+    assert s.store.is_ready(0, 2)
+
+    async def main():
+        step = s.store.begin(0, [5, 6], [1, 1])
+        assert [r.what for r in s.reader.promoted] == ["layer 0 expert 6"]
+        assert [r.what for r in s.reader.abandoned] == ["layer 0 expert 7"]
+        s.reader.flying[1].cancelled = True
+        s.reader.land()
+        assert [e[0] for e in await step.landed()] == [5, 6]
+        step.computed([(e, 0, 0, 0) for e in (5, 6)])
+        step.close()
+
+    asyncio.run(main())
+    assert [e for e in range(16) if s.store.is_ready(0, e)] == [5, 6]
+    assert free_slots(s) == 6

@@ -91,14 +91,15 @@ class LayerExperts:
         """The expert's bytes are in its slot."""
         self.ready[expert] = (expert, *self.layout.addresses(expert, self.address[expert]))
 
-    def release(self, experts: Iterable[int], *, keep: bool) -> None:
+    def release(self, experts: Iterable[int], *, keep: bool, newcomers: bool) -> None:
         """Compute is done with these experts. One in transit goes, or with `keep` takes the slot of
-        one that deserves it less."""
+        the one that deserves it least, `newcomers` only if they deserve it more."""
         self.held.difference_update(experts)
         if not self.transit:
             return
         for expert in [e for e in experts if e in self.transit]:
-            victim = self.cache.victim(self._busy(), newcomer=expert) if keep else None
+            newcomer = expert if newcomers else None
+            victim = self.cache.victim(self._busy(), newcomer) if keep else None
             if victim is None:
                 self.forget(expert)
             else:

@@ -1,7 +1,7 @@
 """Who comes next: how good predictions of the next layer's picks are, and which of them to read.
 
-Owns: the recall meter, the deadline rule and the switch that turns read-ahead off when it does not
-pay. Does not know: routers, reads, clocks; it is told ids, bytes and seconds.
+Owns: the recall meter, what is worth reading, and the switch that turns read-ahead off when it
+does not pay. Does not know: routers, reads, clocks; it is told ids, bytes and seconds.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ Mode = Literal["auto", "on", "off"]
 
 _WINDOW_MEMORY = 1 / 16  # weight of a layer's newest window in its running mean
 _OUTCOME_MEMORY = 1 / 32  # the same for the outcome of a read
+_FIRST_PRECISION = 0.6  # of a place that has not been seen
+_PREDICTION_S = 3e-4  # what asking a router costs (512 experts of 4,096 columns in F32)
 _TRIAL_READS = 32  # outcomes before a verdict: one time constant of the above
 _FIRST_PAUSE = 256  # tokens until read-ahead is tried again; doubles with every failure
 _LONGEST_PAUSE = 16384
@@ -64,10 +66,12 @@ class PrefetchStats:
 class Prefetcher:
     """Chooses predicted experts to read before their layer.
 
-    A read is issued when the drive is idle, when it can land before its layer needs it (the
-    deadline rule), and when what it is likely to save exceeds what it is likely to cost. Under
-    "auto" the measured balance of recent reads must stay positive, or read-ahead pauses; "on" reads
-    the best `max_reads` whenever the drive is idle, "off" none.
+    Reads go out one after the other from the prediction on, and one that turns out wrong is left
+    where it is: what it costs is what the drive was handed of it, at most `in_flight_bytes`; what a
+    right one saves is the part of it that was read before its layer asked. Under "auto" a read is
+    issued where, by how often a place in the prediction was picked of late, it saves more than it
+    costs; and the measured balance of recent reads must stay positive, or read-ahead pauses. "on"
+    reads the best `max_reads`, "off" none.
     """
 
     def __init__(
@@ -77,7 +81,8 @@ class Prefetcher:
         *,
         bytes_per_s: float,
         latency_s: float,
-        max_reads: int = 2,
+        in_flight_bytes: int,
+        max_reads: int = 3,
     ) -> None:
         if mode not in get_args(Mode):
             raise RequestError(f"prefetch is auto, on or off, not {mode!r}")
@@ -85,10 +90,10 @@ class Prefetcher:
         self.stats = PrefetchStats()
         self._bytes_per_s = bytes_per_s
         self._latency_s = latency_s
+        self._in_flight_bytes = in_flight_bytes
         self._max_reads = max_reads
         self._windows_s = [-1.0] * num_layers
-        self._precision = [0.5] * max_reads  # by rank among the reads of one prediction
-        self._cost_s = 0.0  # of a wasted read, running mean
+        self._precision: list[float] = []  # of absent experts by place in a prediction
         self._balance_s = 0.0  # saved minus cost per read, running mean
         self._outcomes = 0  # of this trial
         self._pause = _FIRST_PAUSE
@@ -99,40 +104,57 @@ class Prefetcher:
         return self.mode == "on" or (self.mode == "auto" and clock >= self._resume_at)
 
     def note_window(self, layer: int, seconds: float) -> None:
-        """The time from the prediction for `layer` to the moment its absent experts were waited
-        for: attention, router, shared and resident experts."""
+        """The time from the prediction for `layer` to its router's word."""
         old = self._windows_s[layer]
         self._windows_s[layer] = seconds if old < 0 else old + _WINDOW_MEMORY * (seconds - old)
 
-    def budget(self, layer: int, expert_bytes: int) -> int:
-        """How many experts of this size can be read within the layer's window."""
-        room_s = self._windows_s[layer] - self._latency_s
-        return int(max(0.0, room_s) * self._bytes_per_s / expert_bytes)
+    def note_place(self, place: int, *, picked: bool) -> None:
+        """The expert at this place of a prediction was absent, and picked or not."""
+        while len(self._precision) <= place:
+            self._precision.append(_FIRST_PRECISION)
+        self._precision[place] += _OUTCOME_MEMORY * (picked - self._precision[place])
+
+    def read_seconds(self, expert_bytes: int) -> float:
+        """How long the drive takes for an expert."""
+        return self._latency_s + expert_bytes / self._bytes_per_s
+
+    def cost_seconds(self, expert_bytes: int) -> float:
+        """By how much a read that is left where it is delays others, at most."""
+        return self.read_seconds(min(expert_bytes, self._in_flight_bytes))
 
     def choose(
-        self, layer: int, absent: Sequence[int], expert_bytes: int, *, idle: bool, clock: int
+        self, layer: int, absent: Sequence[tuple[int, int]], expert_bytes: int, *, clock: int
     ) -> list[int]:
-        """Which of the predicted, absent experts (best first) to read now; the caller tells the
-        outcome of each by note_outcome with its index in the returned list as rank."""
-        if not (absent and idle and self.active(clock)):
+        """Which of the predicted, absent experts (place in the prediction, expert; best first) to
+        read now; the caller tells the outcome of each by note_outcome."""
+        if not (absent and self.active(clock)):
             return []
         if self.mode == "on":
-            chosen = list(absent[: self._max_reads])
+            chosen = [expert for _, expert in absent[: self._max_reads]]
         else:
-            saved_s = self._latency_s + expert_bytes / self._bytes_per_s
-            chosen = []
-            for rank, expert in enumerate(
-                absent[: min(self._max_reads, self.budget(layer, expert_bytes))]
-            ):
-                likely = self._precision[rank]
-                if likely * saved_s <= (1.0 - likely) * self._cost_s:
-                    break
-                chosen.append(expert)
+            chosen = self._worthwhile(layer, absent, expert_bytes)
+            if not chosen:
+                self._weigh(-_PREDICTION_S, clock)
         self.stats.issued += len(chosen)
         return chosen
 
+    def _worthwhile(
+        self, layer: int, absent: Sequence[tuple[int, int]], expert_bytes: int
+    ) -> list[int]:
+        whole_s, left_s = self.read_seconds(expert_bytes), self._windows_s[layer]
+        cost_s = self.cost_seconds(expert_bytes)
+        chosen: list[int] = []
+        for place, expert in absent[: self._max_reads]:
+            known = place < len(self._precision)
+            likely = self._precision[place] if known else _FIRST_PRECISION
+            if likely * min(left_s, whole_s) <= (1.0 - likely) * cost_s:
+                break
+            chosen.append(expert)
+            left_s -= whole_s
+        return chosen
+
     def note_outcome(
-        self, rank: int, clock: int, *, used: bool, saved_s: float = 0.0, cost_s: float = 0.0
+        self, clock: int, *, used: bool, saved_s: float = 0.0, cost_s: float = 0.0
     ) -> None:
         """What became of a read: whether its expert was picked, the stall that it saved (0 when it
         landed no earlier than a demand read would have), and the stall that it caused others."""
@@ -141,15 +163,13 @@ class Prefetcher:
         stats.wasted += not used
         stats.saved_s += saved_s
         stats.cost_s += cost_s
-        self._precision[rank] += _OUTCOME_MEMORY * (used - self._precision[rank])
-        if not used:
-            self._cost_s += _OUTCOME_MEMORY * (cost_s - self._cost_s)
-        self._balance_s += _OUTCOME_MEMORY * (saved_s - cost_s - self._balance_s)
-        self._outcomes += 1
-        if self.mode == "auto" and self._outcomes >= _TRIAL_READS and clock >= self._resume_at:
-            self._judge(clock)
+        self._weigh(saved_s - cost_s, clock)
 
-    def _judge(self, clock: int) -> None:
+    def _weigh(self, gain_s: float, clock: int) -> None:
+        self._balance_s += _OUTCOME_MEMORY * (gain_s - self._balance_s)
+        self._outcomes += 1
+        if self.mode != "auto" or self._outcomes < _TRIAL_READS or clock < self._resume_at:
+            return
         if self._balance_s > 0.0:
             self._pause = _FIRST_PAUSE
             return
@@ -157,5 +177,4 @@ class Prefetcher:
         self._resume_at = clock + self._pause
         self._pause = min(2 * self._pause, _LONGEST_PAUSE)
         self._outcomes = 0
-        self._balance_s = self._cost_s = 0.0
-        self._precision = [0.5] * self._max_reads
+        self._balance_s = 0.0

@@ -202,7 +202,14 @@ class ExpertStore:
             state.drop_transit(step.wanted)
         if step.pending:
             self._read_pending(step)
+        if state.transit:
+            self._abandon_unwanted(state, step)
         return step
+
+    def _abandon_unwanted(self, state: LayerExperts, step: ExpertStep) -> None:
+        """Guesses that were wrong: what of them has not been sent to the drive is not read."""
+        for expert in [e for e in state.transit if e in state.loading and e not in step.wanted]:
+            self._reader.abandon(state.loading[expert])
 
     def _promote(self, state: LayerExperts, expert: int) -> None:
         if expert in state.ahead:
@@ -210,19 +217,23 @@ class ExpertStore:
             self.num_ahead -= 1
             self._reader.promote(state.loading[expert])
 
-    def prefetch(self, layer: int, experts: Sequence[int], *, certain: bool = False) -> int:
+    def prefetch(
+        self, layer: int, experts: Sequence[int], *, certain: bool = False, guess: bool = False
+    ) -> int:
         """Start reads of experts that will probably be needed, in order, as far as there are slots
         for them. Returns how many of `experts` are dealt with: read, or there already.
 
         They are background reads, unless they are `certain` enough to be no guess: those keep as
-        much in flight as demand does, where background reads would leave a drive half idle.
+        much in flight as demand does, where background reads would leave a drive half idle. A
+        mere `guess` evicts nobody until it is used.
         """
         state = self._layers[layer]
         requests = []
         done = 0
         for expert in experts:
             if not state.address[expert]:
-                slot = state.take_slot(expert, newcomer=True)
+                evicts = not guess or len(state.cache) < state.cache.capacity
+                slot = state.take_slot(expert, newcomer=True) if evicts else None
                 if slot is None:
                     slot = state.take_transit(expert, state.reserve)
                 if slot is None:
@@ -292,7 +303,7 @@ class ExpertStore:
 
     def _computed(self, step: ExpertStep, experts: Sequence[int]) -> None:
         """Compute is done with these experts: their slots may be reused."""
-        step.layer.release(experts, keep=not step.passing)
+        step.layer.release(experts, keep=not step.passing, newcomers=step.sweeping)
         if step.pending:
             self._read_pending(step)
 
