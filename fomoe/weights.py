@@ -168,7 +168,9 @@ class EmbeddingRows:
         self._row_bytes = info.type.row_bytes(info.shape[-1])
         self._reader = reader
         self._arena = arena
-        self._resident = resident.data.reshape(-1, self._row_bytes) if resident else None
+        self._resident: npt.NDArray[np.uint8] | None = (
+            resident.data.reshape(-1, self._row_bytes) if resident else None
+        )
         self._room = embedding_row_room(info)
         self._base = 0 if resident else arena.allocate(self._room * max_tokens)
         self._kept: OrderedDict[int, npt.NDArray[np.uint8]] = OrderedDict()

@@ -11,6 +11,7 @@ from itertools import chain
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from fomoe.kernels.cpu_arrays import CpuWeight, F32Array, Scratch, Views
 from fomoe.kernels.ops import MoeSpec, Routing
@@ -131,6 +132,12 @@ class CpuMoeCall:
         array[0 : 4 * num] = list(chain.from_iterable(experts))
         rc = lib.fomoe_moe_run(self._moe, array, num)
         assert rc == 0, f"an expert was given twice or does not exist: {experts}"
+
+    def run_table(self, table: npt.NDArray[np.int64]) -> None:
+        """As in fomoe.kernels.device.DeviceMoeCall, for a device that threads of the host are."""
+        picked = np.unique(self._keep[1][0])
+        here = picked[table[picked, 0] != 0].tolist()
+        self.run([(e, *table[e].tolist()) for e in here])
 
     def finish(self, x: F32Array) -> None:
         assert self._engine.live is self

@@ -124,6 +124,21 @@ class _Decayed:
         return self.scaled / self._unit(clock)
 
 
+class Below:
+    """Another policy's scores for the tier below: what the tier above holds leaves first."""
+
+    def __init__(self, policy: Policy, above: BoolArray) -> None:
+        self.name = policy.name
+        self._policy = policy
+        self._above = above
+
+    def touch(self, things: Ids, clock: int, amount: Amounts = 1.0) -> None:
+        self._policy.touch(things, clock, amount)
+
+    def scores(self, clock: int) -> F64Array:
+        return np.where(self._above, -np.inf, self._policy.scores(clock))
+
+
 _POLICIES = {p.name: p for p in (Lru, Lfru, Lfu)}
 _WITH_HALF_LIFE = (Lfru, Lfu)
 
@@ -182,6 +197,10 @@ class ExpertCache:
         """One event: the distinct experts that it uses, resident or not. `clock` counts tokens."""
         self._clock = clock
         self.policy.touch(experts, clock, amount)
+
+    def tick(self, clock: int) -> None:
+        """Time goes on; its policy was told of the uses by another cache that shares it."""
+        self._clock = clock
 
     def admit(self, expert: int, slot: int) -> None:
         """The expert's bytes are in `slot`, or being read into it."""

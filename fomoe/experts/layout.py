@@ -60,6 +60,14 @@ class ExpertLayout:
         self.expert_bytes = sum(s.nbytes for s in slices)
         self._fused_up = slices[0].nbytes // 2 if tensors.gate_up is not None else None
 
+    @property
+    def matrix_bytes(self) -> tuple[int, int, int]:
+        """Bytes of gate, up and down."""
+        sizes = [s.nbytes for s in self.slices]
+        if self._fused_up is not None:
+            sizes[:1] = [self._fused_up, self._fused_up]
+        return sizes[0], sizes[1], sizes[2]
+
     def extents(self, expert: int, slot_address: int) -> list[Extent]:
         """What to read for an expert, aligned for direct I/O."""
         result = []
