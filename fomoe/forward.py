@@ -167,16 +167,15 @@ class Forward:
         if self._read_ahead and below and not self._inline:
             ahead = await self._predict(below, x)
         routing = await self._compute(Part.ROUTE, index, layer.route, x)
+        # At once: other threads compute the shared expert while reads are asked for and Python gets
+        # the others ready.
+        call = await self._compute(Part.SHARED, index, layer.experts, routing)
         if not audit:
             self._residency.routed(index, routing)
         experts, counts = _distinct(routing)
         self._note_prediction(index, experts)
-        # Before anything else: the drive is idle until it is told.
         step = self._store.begin(index, experts, counts, passing=audit)
         try:
-            call = await self._compute(Part.ROUTE, index, layer.experts, routing)
-            # First: it may be computed by other threads while Python gets the experts ready.
-            await self._compute(Part.SHARED, index, call.shared)
             resident = step.take()
             if resident:
                 await self._compute(Part.RESIDENT, index, call.run, resident, experts=len(resident))

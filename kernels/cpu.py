@@ -10,19 +10,37 @@ nothing is allocated while tokens flow.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from operator import is_
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from fomoe.errors import UnsupportedError
-from fomoe.kernels.cpu_arrays import HUGE_PAGE, CpuWeight, F32Array, Views, aligned_array
+from fomoe.kernels.cpu_arrays import (
+    HUGE_PAGE,
+    CpuWeight,
+    F32Array,
+    RoutedArrays,
+    Views,
+    aligned_array,
+)
+from fomoe.kernels.cpu_mixers import CpuMixer
 from fomoe.kernels.cpu_moe import CpuMoeCall, MoeEngine, MoePlan, SharedExpert, moe_shape
-from fomoe.kernels.cpu_plans import Plan, Plans, attention_scratch, delta_scratch
+from fomoe.kernels.cpu_plans import (
+    AttentionPlan,
+    DeltaPlan,
+    LinearPlan,
+    Plans,
+    RoutePlan,
+    attention_scratch,
+    delta_scratch,
+    same,
+)
+from fomoe.kernels.cpu_segments import Segments
 from fomoe.kernels.ops import (
     AttentionSpec,
+    AttentionWeights,
     DeltaSpec,
+    DeltaWeights,
     KvCache,
     MoeSpec,
     Routing,
@@ -34,7 +52,6 @@ from fomoe.native import check, ffi, lib
 
 ISA_NAMES = ("scalar", "avx2", "avx512", "amx")  # by number: enum fomoe_isa
 _FLOATS = ffi.typeof("float[]")
-_IDS = ffi.typeof("int32_t[]")
 
 
 class CpuOps:
@@ -55,12 +72,14 @@ class CpuOps:
         self._views = Views()
         self._plans = Plans(self._pool, self._views, num_threads, max_tokens)
         self._moe = MoeEngine(self._pool, self._serial, self._views, max_tokens)
-        self._h = np.empty((0, 0), np.float32)
-        self._linear_plans: dict[tuple[float | CpuWeight, ...], Plan] = {}
-        self._add_plans: dict[CpuWeight, Plan] = {}
-        self._attention_plans: dict[int, Plan] = {}  # by id of the layer's cache
-        self._delta_plans: dict[int, Plan] = {}  # by id of the layer's convolution weight
-        self._route_plans: dict[CpuWeight, Plan] = {}
+        self._routed = RoutedArrays(max_tokens)
+        self._segments = Segments(self._views)
+        self._linear_plans: dict[tuple[float | CpuWeight, ...], LinearPlan] = {}
+        self._add_plans: dict[CpuWeight, LinearPlan] = {}
+        self._attention_plans: dict[int, AttentionPlan] = {}  # by id of the layer's cache
+        self._delta_plans: dict[int, DeltaPlan] = {}  # by id of the layer's convolution weight
+        self._mixers: dict[AttentionWeights | DeltaWeights, CpuMixer] = {}
+        self._route_plans: dict[CpuWeight, RoutePlan] = {}
         self._moe_plans: dict[tuple[int, int], MoePlan] = {}
 
     @property
@@ -74,12 +93,17 @@ class CpuOps:
         self._pool = self._serial = ffi.NULL
         self._views.clear()
         self._moe.live = None
-        self._linear_plans.clear()
-        self._add_plans.clear()
-        self._attention_plans.clear()
-        self._delta_plans.clear()
-        self._route_plans.clear()
-        self._moe_plans.clear()
+        self._segments = Segments(self._views)
+        for plans in (
+            self._linear_plans,
+            self._add_plans,
+            self._attention_plans,
+            self._delta_plans,
+            self._mixers,
+            self._route_plans,
+            self._moe_plans,
+        ):
+            plans.clear()
 
     # ---- memory ----
 
@@ -87,7 +111,7 @@ class CpuOps:
     def scratch_bytes(self) -> int:
         """Bytes of scratch held now; at most workspace_bytes of what was used."""
         scratch = self._plans.scratch.num_bytes + self._moe.memory.num_bytes
-        return scratch + self._h.nbytes
+        return scratch + self._routed.num_bytes
 
     @staticmethod
     def workspace_bytes(
@@ -107,8 +131,8 @@ class CpuOps:
         common += [delta_scratch(num_threads, spec) for spec in delta]
         common += [lib.fomoe_route_scratch(*t, s.hidden, s.num_experts) for s in moe]
         experts = [lib.fomoe_moe_bytes(*t, moe_shape(spec), shared_ff) for spec in moe]
-        h_bytes = 4 * max_tokens * max((spec.hidden for spec in moe), default=0)
-        return max(common, default=0) + max(experts, default=0) + h_bytes + 2 * HUGE_PAGE
+        routed = RoutedArrays.bytes_needed(max_tokens, moe)
+        return max(common, default=0) + max(experts, default=0) + routed + 2 * HUGE_PAGE
 
     def reserve(
         self,
@@ -129,12 +153,8 @@ class CpuOps:
             self._plans.reserve(delta_scratch(self.num_threads, delta_spec))
         for spec in moe:
             self._plans.reserve(lib.fomoe_route_scratch(*t, spec.hidden, spec.num_experts))
-            self._moe.memory.reserve(lib.fomoe_moe_bytes(*t, moe_shape(spec), shared_ff))
-            self._reserve_h(spec.hidden)
-
-    def _reserve_h(self, hidden: int) -> None:
-        if self._h.shape[1] < hidden:
-            self._h = self.buffer(self.max_tokens, hidden)
+            self._moe.reserve(lib.fomoe_moe_bytes(*t, moe_shape(spec), shared_ff))
+            self._routed.reserve(spec)
 
     # ---- weights and activations ----
 
@@ -177,7 +197,7 @@ class CpuOps:
         plan = self._linear_plans.get(key)
         if plan is None:
             plan = self._linear_plans[key] = self._plans.linear(weights, eps, add=False)
-        self._set_outs(plan, weights, outs)
+        plan.set_outs(self._views, outs)
         view = self._views.of(x)
         assert view.rows == plan.tokens
         vector = ffi.NULL if norm is None else self._views.of(norm).pointer
@@ -187,24 +207,10 @@ class CpuOps:
         plan = self._add_plans.get(weight)
         if plan is None:
             plan = self._add_plans[weight] = self._plans.linear((weight,), 0.0, add=True)
-        self._set_outs(plan, (weight,), (out,))
+        plan.set_outs(self._views, (out,))
         view = self._views.of(x)
         assert view.rows == plan.tokens
         lib.fomoe_linear_run(plan.c, view.pointer, view.ld, plan.tokens, ffi.NULL)
-
-    def _set_outs(self, plan: Plan, weights: Sequence[CpuWeight], outs: Sequence[F32Array]) -> None:
-        if _same(outs, plan.arrays):
-            return
-        views = [self._views.of(out) for out in outs]
-        plan.tokens = self._checked(views[0].rows)
-        for product, weight, view in zip(plan.parts, weights, views, strict=True):
-            assert (view.rows, view.cols) == (plan.tokens, weight.rows)
-            product.y, product.ldy = view.pointer, view.ld
-        plan.arrays = tuple(outs)
-
-    def _checked(self, tokens: int) -> int:
-        assert tokens <= self.max_tokens, (tokens, self.max_tokens)
-        return tokens
 
     def attention(
         self,
@@ -218,24 +224,24 @@ class CpuOps:
         segments: Sequence[Segment],
         out: F32Array,
     ) -> None:
+        plan = self._attention_plan(spec, q_norm, k_norm, cache)
+        plan.bind(self._views, (q, k, v, out))
+        self._segments.update(segments)
+        plan.follow(self._segments)
+        lib.fomoe_attention_run(plan.c)
+
+    def _attention_plan(
+        self,
+        spec: AttentionSpec,
+        q_norm: F32Array | None,
+        k_norm: F32Array | None,
+        cache: KvCache,
+    ) -> AttentionPlan:
         plan = self._attention_plans.get(id(cache))
-        if plan is None or not _same((spec, cache, q_norm, k_norm), plan.owners):
+        if plan is None or not same((spec, cache, q_norm, k_norm), plan.owners):
             plan = self._plans.attention(spec, cache, q_norm, k_norm)
             self._attention_plans[id(cache)] = plan
-        a = plan.c
-        arrays = (q, k, v, out)
-        if not _same(arrays, plan.arrays):
-            views = [self._views.of(array) for array in arrays]
-            self._checked(views[0].rows)
-            a.q, a.k, a.v, a.out = (view.pointer for view in views)
-            a.ldq, a.ldk, a.ldv, a.ldo = (view.ld for view in views)
-            plan.arrays = arrays
-        if len(plan.parts) != len(segments):
-            _make_parts(plan, "fomoe_segment[]", len(segments))
-        for c, s in zip(plan.parts, segments, strict=True):
-            c.start, c.length, c.position = s.start, s.length, s.position
-            c.pages = ffi.from_buffer(_IDS, s.pages)
-        lib.fomoe_attention_run(a)
+        return plan
 
     def delta_net(
         self,
@@ -252,81 +258,68 @@ class CpuOps:
         segments: Sequence[Segment],
         out: F32Array,
     ) -> None:
+        vectors = (conv_weight, dt_bias, a, norm)
         plan = self._delta_plans.get(id(conv_weight))
-        if plan is None or not _same((spec, conv_weight, dt_bias, a, norm), plan.owners):
-            plan = self._plans.delta(spec, conv_weight, dt_bias, a, norm)
-            self._delta_plans[id(conv_weight)] = plan
-        d = plan.c
-        arrays = (qkv, z, beta, alpha, out)
-        if not _same(arrays, plan.arrays):
-            views = [self._views.of(array) for array in arrays]
-            self._checked(views[0].rows)
-            d.qkv, d.z, d.beta, d.alpha, d.out = (view.pointer for view in views)
-            d.ld_qkv, d.ld_z, d.ld_beta, d.ld_alpha, d.ld_out = (view.ld for view in views)
-            plan.arrays = arrays
-        if len(plan.parts) != len(segments):
-            _make_parts(plan, "fomoe_delta_segment[]", len(segments))
-        for c, s in zip(plan.parts, segments, strict=True):
-            state = s.delta[layer]
-            assert state is not None, layer
-            c.start, c.length = s.start, s.length
-            c.conv, c.s = self._views.of(state.conv).pointer, self._views.of(state.s).pointer
-        lib.fomoe_delta_run(d)
+        if plan is None or not same((spec, *vectors), plan.owners):
+            plan = self._delta_plans[id(conv_weight)] = self._plans.delta(spec, layer, *vectors)
+        plan.bind(self._views, (qkv, z, beta, alpha, out))
+        self._segments.update(segments)
+        plan.follow(self._segments)
+        lib.fomoe_delta_run(plan.c)
+
+    def mix_attention(
+        self,
+        weights: AttentionWeights,
+        x: F32Array,
+        buffers: Sequence[F32Array],
+        cache: KvCache,
+        segments: Sequence[Segment],
+    ) -> None:
+        mixer = self._mixers.get(weights)
+        if mixer is None:
+            w = weights
+            step = self._plans.attention(w.spec, cache, w.q_norm, w.k_norm)
+            mixer = self._mixers[w] = CpuMixer(self._plans, self._views, step, w)
+        self._segments.update(segments)
+        mixer.run(x, buffers, self._segments)
+
+    def mix_delta(
+        self,
+        weights: DeltaWeights,
+        x: F32Array,
+        buffers: Sequence[F32Array],
+        segments: Sequence[Segment],
+    ) -> None:
+        mixer = self._mixers.get(weights)
+        if mixer is None:
+            w = weights
+            step = self._plans.delta(w.spec, w.layer, w.conv, w.dt_bias, w.a, w.out_norm)
+            mixer = self._mixers[w] = CpuMixer(self._plans, self._views, step, w)
+        self._segments.update(segments)
+        mixer.run(x, buffers, self._segments)
 
     def route(
         self, spec: MoeSpec, x: F32Array, norm: F32Array, eps: float, router: CpuWeight
     ) -> Routing:
-        """As in Ops. `h` of the result is valid until the next call of route."""
+        """As in Ops."""
         plan = self._route_plans.get(router)
         if plan is None or plan.owners[0] is not spec or plan.owners[1] != eps:
             plan = self._route_plans[router] = self._plans.route(spec, router, eps)
-            self._reserve_h(spec.hidden)
         view = self._views.of(x)
-        tokens = view.rows
-        if plan.tokens != tokens:
-            plan.arrays = (self._h[: self._checked(tokens), : spec.hidden],)
-            plan.tokens = tokens
-        h = plan.arrays[0]
-        h_view = self._views.of(h)
-        logits = np.empty((tokens, spec.num_experts), np.float32)
-        ids = np.empty((tokens, spec.top_k), np.int32)
-        weights = np.empty((tokens, spec.top_k), np.float32)
-        picks = ffi.from_buffer(_IDS, ids), ffi.from_buffer(_FLOATS, weights)
-        self._moe.routed = (ids, weights, *picks)
-        lib.fomoe_route_run(
-            plan.c,
-            view.pointer,
-            view.ld,
-            tokens,
-            self._views.of(norm).pointer,
-            h_view.pointer,
-            h_view.ld,
-            ffi.from_buffer(_FLOATS, logits),
-            *picks,
-        )
-        return Routing(h=h, logits=logits, ids=ids, weights=weights)
+        if view.rows != plan.tokens:
+            plan.set_outs(self._views, self._routed.take(spec, view.rows))
+        lib.fomoe_route_run(plan.c, view.pointer, view.ld, view.rows, self._views.of(norm).pointer)
+        routing = Routing(*plan.arrays)
+        self._moe.routed = routing.ids, routing.weights, plan.c.ids, plan.c.weights
+        return routing
 
     def moe(self, spec: MoeSpec, routing: Routing, shared: SharedExpert | None) -> CpuMoeCall:
         """As in Ops; one call may be live at a time, and no route may come before its finish."""
         key = (id(spec), id(shared))
         plan = self._moe_plans.get(key)
         if plan is None:
-            plan = self._moe_plans[key] = MoePlan(spec, shared)
-            t = (self.num_threads, self.max_tokens)
-            self._moe.memory.reserve(lib.fomoe_moe_bytes(*t, plan.shape, plan.shared_ff))
+            plan = self._moe_plans[key] = self._moe.plan(self.num_threads, spec, shared)
         return CpuMoeCall(self._moe, plan, routing)
-
-
-def _same(now: Sequence[Any], before: Sequence[Any]) -> bool:
-    """The very same objects."""
-    return len(now) == len(before) and all(map(is_, now, before))
-
-
-def _make_parts(plan: Plan, ctype: str, count: int) -> None:
-    pointer = ffi.new(ctype, count)
-    plan.c.segments, plan.c.num_segments = pointer, count
-    plan.parts = [pointer[i] for i in range(count)]
-    plan.keep.append(pointer)
 
 
 def _set_isa(isa: str) -> None:

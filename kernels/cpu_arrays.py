@@ -7,15 +7,17 @@ Does not know: which operation uses them.
 from __future__ import annotations
 
 import mmap
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from fomoe.kernels.ops import Tensor
+from fomoe.kernels.ops import MoeSpec, Tensor
 from fomoe.native import ffi
 
 F32Array = npt.NDArray[np.float32]
+I32Array = npt.NDArray[np.int32]
 
 HUGE_PAGE = 2 << 20
 _FLOATS = ffi.typeof("float[]")
@@ -100,6 +102,53 @@ class Scratch:
         memory.madvise(mmap.MADV_HUGEPAGE)
         self.pointer = ffi.from_buffer("char[]", memory)  # keeps the mapping
         return True
+
+
+class RoutedArrays:
+    """What routers say: h, logits, ids and weights, for up to `max_tokens` tokens. All layers share
+    them."""
+
+    def __init__(self, max_tokens: int) -> None:
+        self._max_tokens = max_tokens
+        self._h = self._logits = self._weights = np.empty(0, np.float32)
+        self._ids = np.empty(0, np.int32)
+
+    @property
+    def num_bytes(self) -> int:
+        held = (self._h, self._logits, self._ids, self._weights)
+        return sum(int(a.nbytes) for a in held)
+
+    @staticmethod
+    def bytes_needed(max_tokens: int, specs: Sequence[MoeSpec]) -> int:
+        if not specs:
+            return 0
+        widest: list[int] = [max(w) for w in zip(*map(_routed_widths, specs), strict=True)]
+        return 4 * max_tokens * sum(widest)
+
+    def reserve(self, spec: MoeSpec) -> None:
+        h, logits, ids, _ = (self._max_tokens * width for width in _routed_widths(spec))
+        if h > self._h.size:
+            self._h = aligned_array(1, h)[0]
+        if logits > self._logits.size:
+            self._logits = np.empty(logits, np.float32)
+        if ids > self._ids.size:
+            self._ids, self._weights = np.empty(ids, np.int32), np.empty(ids, np.float32)
+
+    def take(self, spec: MoeSpec, tokens: int) -> tuple[F32Array, F32Array, I32Array, F32Array]:
+        """h [tokens, hidden], logits [tokens, experts], ids and weights [tokens, top_k]."""
+        assert tokens <= self._max_tokens, (tokens, self._max_tokens)
+        self.reserve(spec)
+        hidden, experts, top_k, _ = _routed_widths(spec)
+        return (
+            self._h[: tokens * hidden].reshape(tokens, hidden),
+            self._logits[: tokens * experts].reshape(tokens, experts),
+            self._ids[: tokens * top_k].reshape(tokens, top_k),
+            self._weights[: tokens * top_k].reshape(tokens, top_k),
+        )
+
+
+def _routed_widths(spec: MoeSpec) -> tuple[int, int, int, int]:
+    return spec.hidden, spec.num_experts, spec.top_k, spec.top_k
 
 
 def aligned_array(rows: int, cols: int) -> F32Array:

@@ -40,11 +40,29 @@ class MoeEngine:
     """What the calls of one CpuOps share: threads, memory, and which call is the live one."""
 
     def __init__(self, pool: Any, serial: Any, views: Views, max_tokens: int) -> None:
-        self.pool, self.serial, self.views = pool, serial, views
+        self.views = views
         self.max_tokens = max_tokens
         self.memory = Scratch()
         self.live: CpuMoeCall | None = None
         self.routed: tuple[Any, Any, Any, Any] = (None, None, None, None)
+        self._pools = pool, serial
+        self._layers: list[Any] = []  # C structs that hold the memory's pointer
+
+    def reserve(self, num_bytes: int) -> None:
+        """Memory of at least num_bytes, for the plans that exist as well."""
+        if self.memory.reserve(num_bytes):
+            for layer in self._layers:
+                layer.memory = self.memory.pointer
+
+    def plan(self, num_threads: int, spec: MoeSpec, shared: SharedExpert | None) -> MoePlan:
+        plan = MoePlan(spec, shared)
+        layer = plan.layer
+        layer.pool, layer.serial = self._pools
+        self._layers.append(layer)
+        size = (num_threads, self.max_tokens)
+        self.reserve(lib.fomoe_moe_bytes(*size, moe_shape(spec), layer.shared_ff))
+        layer.memory = self.memory.pointer
+        return plan
 
     def pick_pointers(self, routing: Routing, shape: tuple[int, int]) -> tuple[Any, Any, Any, Any]:
         """ids and weights as contiguous arrays of that shape, and their C pointers. What route made
@@ -59,75 +77,51 @@ class MoeEngine:
 
 
 class MoePlan:
-    """What stays the same from step to step for the experts of one layer."""
+    """What stays the same from step to step for the experts of one layer: the C struct `layer`, and
+    room for the experts of a run."""
 
-    __slots__ = (
-        "experts", "has_shared", "keep", "num_types", "shape", "shape_key", "shared_ff",
-        "shared_products", "types",
-    )  # fmt: skip
+    __slots__ = ("experts", "keep", "layer", "shape_key")
 
     def __init__(self, spec: MoeSpec, shared: SharedExpert | None) -> None:
-        self.keep: tuple[Any, ...] = (spec, shared)
-        self.shape = moe_shape(spec)
+        self.keep = (spec, shared)
         self.shape_key = (spec.top_k, spec.hidden)
         self.experts = ffi.new("int64_t[]", 4 * spec.num_experts)
-        self.has_shared = shared is not None
-        self.shared_ff = 0
-        self.types = ffi.new("int32_t[3]")
-        self.num_types = 0
-        self.shared_products: tuple[Any, ...] = ()
+        layer = self.layer = ffi.new("fomoe_moe_layer *")
+        layer.shape = moe_shape(spec)[0]
         if shared is not None:
-            products = ffi.new("fomoe_product[4]")
-            self.keep += (products,)
-            self.shared_products = tuple(products + i for i in range(4))
-            self.shared_ff = shared[0].rows
-            for product, weight in zip(products, shared, strict=True):
-                if weight is not None:
-                    weight.fill(product)
-            by_h = [w.type_id for w in (shared[0], shared[1], shared[3]) if w is not None]
-            self.num_types = len(by_h)
-            self.types[0 : len(by_h)] = by_h
+            gate, up, down, scale = shared
+            layer.shared_ff = gate.rows
+            gate.fill(layer.shared_gate)
+            up.fill(layer.shared_up)
+            down.fill(layer.shared_down)
+            if scale is not None:
+                scale.fill(layer.shared_scale)
 
 
 class CpuMoeCall:
-    """fomoe.kernels.ops.MoeCall."""
+    """fomoe.kernels.ops.MoeCall. The other threads compute the shared expert from the beginning."""
 
-    __slots__ = ("_engine", "_keep", "_moe", "_plan", "_shared_left")
+    __slots__ = ("_engine", "_keep", "_moe", "_plan", "_routing")
 
     def __init__(self, engine: MoeEngine, plan: MoePlan, routing: Routing) -> None:
-        top_k, hidden = plan.shape_key
         h = engine.views.of(routing.h)
-        assert h.cols == hidden
+        assert h.cols == plan.shape_key[1]
         assert h.rows <= engine.max_tokens, (h.rows, engine.max_tokens)
-        picks = engine.pick_pointers(routing, (h.rows, top_k))
-        self._engine, self._plan = engine, plan
-        self._keep = (h, picks)
-        self._shared_left = plan.has_shared
-        self._moe = lib.fomoe_moe_begin(
-            engine.memory.pointer,
-            engine.pool,
-            engine.serial,
-            plan.shape,
-            plan.shared_ff,
-            plan.types,
-            plan.num_types,
-            h.pointer,
-            h.ld,
-            h.rows,
-            picks[2],
-            picks[3],
-        )
+        self._engine, self._plan, self._routing = engine, plan, routing
+        self._keep: tuple[Any, ...] = ()  # of the picks, once they are told
+        self._moe = lib.fomoe_moe_begin(plan.layer, h.pointer, h.ld, h.rows)
         engine.live = self
 
-    def shared(self) -> None:
-        """As in MoeCall, on the other threads: it returns before they are done."""
-        assert self._engine.live is self
-        if self._shared_left:
-            lib.fomoe_moe_shared(self._moe, *self._plan.shared_products)
-            self._shared_left = False
+    def _pick(self) -> None:
+        routing = self._routing
+        shape = (len(routing.h), self._plan.shape_key[0])
+        self._keep = picks = self._engine.pick_pointers(routing, shape)
+        lib.fomoe_moe_pick(self._moe, picks[2], picks[3])
 
     def run(self, experts: Sequence[tuple[int, int, int, int]]) -> None:
         assert self._engine.live is self
+        if not self._keep:
+            self._pick()
         array, num = self._plan.experts, len(experts)
         array[0 : 4 * num] = list(chain.from_iterable(experts))
         rc = lib.fomoe_moe_run(self._moe, array, num)
@@ -141,7 +135,6 @@ class CpuMoeCall:
 
     def finish(self, x: F32Array) -> None:
         assert self._engine.live is self
-        assert not self._shared_left, "finish before the shared expert has run"
         view = self._engine.views.of(x)
         missing = lib.fomoe_moe_finish(self._moe, view.pointer, view.ld)
         assert missing == 0, f"{missing} picks have no output: an expert never ran"

@@ -128,12 +128,13 @@ class DeltaState:
     s: A
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Segment:
     """Consecutive tokens of one sequence in a step: rows [start, start + length) of the
     activations,
     at positions [position, position + length). `pages` is the sequence's page table, int32; `delta`
-    has one entry per layer, None where the layer has no recurrent state."""
+    has one entry per layer, None where the layer has no recurrent state; it is the same list in all
+    steps of a sequence."""
 
     start: int
     length: int
@@ -149,7 +150,7 @@ class Routing:
     h: [T, hidden] the normed input of router and experts. logits: float32 [T, experts] on the host.
     ids: int32 [T, top_k] by descending probability (ties: lower id first); weights: float32
     [T, top_k], those that the expert outputs are multiplied with. ids and weights may be replaced
-    before the experts run (cache-aware routing).
+    before the first expert runs (cache-aware routing).
     """
 
     h: A
@@ -162,15 +163,42 @@ class MoeCall(Protocol):
     """The experts of one layer for the tokens of one step, computed in any order as they become
     available; the sum is taken in rank order, so the result does not depend on that order."""
 
-    def shared(self) -> None:
-        """Compute the shared expert, if the layer has one. Call once, any time before finish."""
-
     def run(self, experts: Sequence[tuple[int, int, int, int]]) -> None:
         """Compute the given (expert, gate address, up address, down address) for every token that
         picked them. Addresses are of host memory that stays valid until the call returns."""
 
     def finish(self, x: A) -> None:
         """x[t] += sum over ranks of weight * output + shared. Every picked expert must have run."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class AttentionWeights:
+    """An attention mixer of one layer: `inputs` project to q, k and v, `output` back."""
+
+    spec: AttentionSpec
+    eps: float
+    norm: A
+    inputs: Sequence[W]
+    q_norm: A | None
+    k_norm: A | None
+    output: W
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class DeltaWeights:
+    """A delta-net mixer of layer `layer`: `inputs` project to qkv, z, beta and alpha, `output`
+    back; the vectors as in Ops.delta_net."""
+
+    layer: int
+    spec: DeltaSpec
+    eps: float
+    norm: A
+    inputs: Sequence[W]
+    conv: A
+    dt_bias: A
+    a: A
+    out_norm: A
+    output: W
 
 
 class Ops(Protocol):
@@ -245,8 +273,28 @@ class Ops(Protocol):
         out [T, value_dim].
         """
 
+    def mix_attention(
+        self,
+        weights: AttentionWeights,
+        x: A,
+        buffers: Sequence[A],
+        cache: KvCache,
+        segments: Sequence[Segment],
+    ) -> None:
+        """x += attention of RMS(x): linear, attention and linear_add in one. `buffers`: room for q,
+        k, v and the output, as attention takes them; it and `segments` are the same objects in all
+        layers of a step."""
+
+    def mix_delta(
+        self, weights: DeltaWeights, x: A, buffers: Sequence[A], segments: Sequence[Segment]
+    ) -> None:
+        """x += delta-net of RMS(x): linear, delta_net and linear_add in one. `buffers`: room for
+        qkv, z, beta, alpha and the output; it and `segments` are the same objects in all layers of
+        a step."""
+
     def route(self, spec: MoeSpec, x: A, norm: A, eps: float, router: W) -> Routing:
-        """Norm x, multiply with the router (float32), softmax over all experts, pick the top k."""
+        """Norm x, multiply with the router (float32), softmax over all experts, pick the top k. The
+        arrays of the result are good until the next call."""
 
     def moe(
         self,
@@ -254,4 +302,32 @@ class Ops(Protocol):
         routing: Routing,
         shared: tuple[W, W, W, W | None] | None,
     ) -> MoeCall:
-        """Begin a layer's experts. `shared`: gate, up, down, and the [1, hidden] sigmoid gate."""
+        """Begin a layer's experts. `shared`: gate, up, down, and the [1, hidden] sigmoid gate; that
+        expert is computed in any case, some time before finish returns."""
+
+
+class UnfusedMixers:
+    """The mixers of a backend that does each operation by itself."""
+
+    def mix_attention(
+        self: Ops,
+        weights: AttentionWeights,
+        x: A,
+        buffers: Sequence[A],
+        cache: KvCache,
+        segments: Sequence[Segment],
+    ) -> None:
+        w, (q, k, v, out) = weights, buffers
+        self.linear(x, w.inputs, (q, k, v), norm=w.norm, eps=w.eps)
+        self.attention(w.spec, q, k, v, w.q_norm, w.k_norm, cache, segments, out)
+        self.linear_add(out, w.output, x)
+
+    def mix_delta(
+        self: Ops, weights: DeltaWeights, x: A, buffers: Sequence[A], segments: Sequence[Segment]
+    ) -> None:
+        w, (*ins, out) = weights, buffers
+        qkv, z, beta, alpha = ins
+        conv, bias, a, norm = w.conv, w.dt_bias, w.a, w.out_norm
+        self.linear(x, w.inputs, ins, norm=w.norm, eps=w.eps)
+        self.delta_net(w.spec, w.layer, qkv, z, beta, alpha, conv, bias, a, norm, segments, out)
+        self.linear_add(out, w.output, x)

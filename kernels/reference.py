@@ -18,12 +18,12 @@ from fomoe.kernels.ops import (
     AttentionSpec,
     DeltaSpec,
     F32Array,
-    I32Array,
     KvCache,
     MoeSpec,
     Routing,
     Segment,
     Tensor,
+    UnfusedMixers,
 )
 from fomoe.kernels.table import QuantType
 
@@ -78,7 +78,7 @@ def rope(x: F64Array, positions: npt.NDArray[np.int64], dims: int, base: float) 
     )
 
 
-class ReferenceOps:
+class ReferenceOps(UnfusedMixers):
     """The Ops of numpy. Weights are float64 matrices; activations float32 arrays."""
 
     name = "reference"
@@ -209,18 +209,16 @@ class ReferenceMoeCall:
     ) -> None:
         self._spec = spec
         self._h = routing.h.astype(np.float64)
-        self._ids: I32Array = routing.ids
-        self._weights = routing.weights.astype(np.float64)
-        self._shared_weights = shared
-        self._shared_out: F64Array | None = None
-        self._outputs = np.full((*self._ids.shape, spec.hidden), np.nan)
+        self._routing = routing
+        self._shared = shared
+        self._outputs = np.full((*routing.ids.shape, spec.hidden), np.nan)
 
-    def shared(self) -> None:
-        if self._shared_weights is None:
-            return
-        gate, up, down, scalar_gate = self._shared_weights
-        y = (silu(self._h @ gate.T) * (self._h @ up.T)) @ down.T
-        self._shared_out = y if scalar_gate is None else y * sigmoid(self._h @ scalar_gate.T)
+    def _shared_out(self) -> F64Array:
+        if self._shared is None:
+            return np.zeros_like(self._h)
+        gate, up, down, scalar_gate = self._shared
+        y: F64Array = (silu(self._h @ gate.T) * (self._h @ up.T)) @ down.T
+        return y if scalar_gate is None else y * sigmoid(self._h @ scalar_gate.T)
 
     def run(self, experts: Sequence[tuple[int, int, int, int]]) -> None:
         spec = self._spec
@@ -228,17 +226,14 @@ class ReferenceMoeCall:
             gate = _matrix_at(gate_address, spec.gate_type, (spec.ff, spec.hidden))
             up = _matrix_at(up_address, spec.up_type, (spec.ff, spec.hidden))
             down = _matrix_at(down_address, spec.down_type, (spec.hidden, spec.ff))
-            tokens, ranks = np.nonzero(self._ids == expert)
+            tokens, ranks = np.nonzero(self._routing.ids == expert)
             h = self._h[tokens]
             self._outputs[tokens, ranks] = (silu(h @ gate.T) * (h @ up.T)) @ down.T
 
     def finish(self, x: F32Array) -> None:
         assert not np.isnan(self._outputs).any(), "finish before every picked expert has run"
-        total = np.einsum("tr,trh->th", self._weights, self._outputs)
-        if self._shared_weights is not None:
-            assert self._shared_out is not None, "finish before the shared expert has run"
-            total += self._shared_out
-        x[...] = x + total
+        weights = self._routing.weights.astype(np.float64)
+        x[...] = x + np.einsum("tr,trh->th", weights, self._outputs) + self._shared_out()
 
 
 def _attend(spec: AttentionSpec, q: F64Array, cache: KvCache, segment: Segment) -> F64Array:

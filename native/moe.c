@@ -8,7 +8,6 @@
 #include "each_isa.h"
 
 #define MAX_TOP_K 64
-#define MAX_SHARED_TYPES 4
 #define LEAST_WAVE 64 /* pairs */
 #define SUM_TOKENS_PER_TASK 8
 #define ALIGN64(n) (((size_t)(n) + 63) & ~(size_t)63)
@@ -39,7 +38,8 @@ typedef struct {
 } wave;
 
 struct fomoe_moe {
-    fomoe_pool *pool, *serial;
+    const fomoe_moe_layer *layer;
+    fomoe_pool *pool;
     fomoe_moe_shape shape;
     int wave_pairs;
     int32_t *pair_begin; /* [num_experts + 1] */
@@ -55,11 +55,10 @@ struct fomoe_moe {
     char *act_scratch;
     float *out;          /* [pairs][hidden] */
     float *shared_out;   /* [tokens][hidden] */
-    float *shared_gate;  /* [tokens] */
+    float *shared_scale; /* [tokens] */
     fomoe_act act;
     int tokens, pairs_left;
     const float *weights;
-    bool has_shared, has_gate;
     wave wave; /* the last one that was started */
 };
 
@@ -101,7 +100,7 @@ static void lay_out(fomoe_moe *moe, layout *l, int num_threads, int tokens, cons
     moe->act_scratch = take(l, fomoe_act_bytes(tokens, shape->hidden));
     moe->out = take(l, pairs * shape->hidden * sizeof(float));
     moe->shared_out = take(l, shared_ff ? (size_t)tokens * shape->hidden * sizeof(float) : 0);
-    moe->shared_gate = take(l, tokens * sizeof(float));
+    moe->shared_scale = take(l, tokens * sizeof(float));
 }
 
 size_t fomoe_moe_bytes(int num_threads, int max_tokens, const fomoe_moe_shape *shape, int shared_ff)
@@ -132,27 +131,6 @@ static void sort_pairs(fomoe_moe *moe, const int32_t *ids)
     begin[0] = 0;
 }
 
-fomoe_moe *fomoe_moe_begin(void *memory, fomoe_pool *pool, fomoe_pool *serial, const fomoe_moe_shape *shape,
-                           int shared_ff, const int32_t *shared_types, int num_types, const float *h, int64_t ldh,
-                           int tokens, const int32_t *ids, const float *weights)
-{
-    fomoe_pool_finish(pool); /* of a step that was given up, in the same memory */
-    fomoe_moe *moe = memory;
-    layout l = { memory, ALIGN64(sizeof *moe) };
-    *moe = (fomoe_moe){ .pool = pool, .serial = serial, .shape = *shape, .tokens = tokens,
-                        .pairs_left = tokens * shape->top_k, .weights = weights };
-    lay_out(moe, &l, fomoe_pool_num_threads(pool), tokens, shape, shared_ff);
-    int32_t types[2 + MAX_SHARED_TYPES] = { shape->gate_type, shape->up_type };
-    for (int i = 0; i < num_types; i++)
-        types[2 + i] = shared_types[i];
-    for (int t = 0; t < tokens; t++)
-        moe->all_tokens[t] = t;
-    memset(moe->done, 0, shape->num_experts);
-    sort_pairs(moe, ids);
-    fomoe_act_prepare(pool, &moe->act, h, ldh, tokens, shape->hidden, types, 2 + num_types, moe->act_scratch);
-    return moe;
-}
-
 static void up_task(const wave *w, expert_job *job, int chunk, int thread)
 {
     int begin = chunk * job->up_rows_per_task, end = begin + job->up_rows_per_task;
@@ -167,7 +145,7 @@ static void up_task(const wave *w, expert_job *job, int chunk, int thread)
             w->silu_mul(gate + t * width, up + t * width, width, job->mid + (int64_t)(t0 + t) * job->ff + begin);
     }
     if (atomic_fetch_sub_explicit(&job->up_left, 1, memory_order_acq_rel) == 1) {
-        fomoe_act_prepare(w->moe->serial, &job->mid_act, job->mid, job->ff, job->num, job->ff, &job->down.type, 1,
+        fomoe_act_prepare(w->moe->layer->serial, &job->mid_act, job->mid, job->ff, job->num, job->ff, &job->down.type, 1,
                           job->mid_scratch);
         atomic_store_explicit(&job->ready, 1, memory_order_release);
     }
@@ -280,30 +258,50 @@ static fomoe_matrix product_matrix(const fomoe_product *p, int cols)
     return (fomoe_matrix){ p->data, p->row_bytes, p->type, p->rows, cols };
 }
 
-void fomoe_moe_shared(fomoe_moe *moe, const fomoe_product *gate, const fomoe_product *up, const fomoe_product *down,
-                      const fomoe_product *gate_inp)
+static void start_shared(fomoe_moe *moe)
 {
-    fomoe_pool_finish(moe->pool);
+    const fomoe_moe_layer *layer = moe->layer;
     int hidden = moe->shape.hidden;
     expert_job *job = moe->jobs;
-    job->gate = product_matrix(gate, hidden);
-    job->up = product_matrix(up, hidden);
-    job->down = product_matrix(down, gate->rows);
-    job->x = &moe->act;
-    job->tokens = moe->all_tokens;
-    job->num = moe->tokens;
-    job->ff = gate->rows;
-    job->hidden = hidden;
-    job->mid = moe->mid;
-    job->out = moe->shared_out;
-    job->mid_scratch = moe->mid_scratch;
-    moe->has_shared = true;
-    moe->has_gate = gate_inp->data != NULL;
-    if (moe->has_gate) {
-        fomoe_matrix w = product_matrix(gate_inp, hidden);
-        fomoe_matmul_rows(&w, &moe->act, NULL, moe->tokens, 0, 1, moe->shared_gate, 1);
+    *job = (expert_job){
+        .gate = product_matrix(&layer->shared_gate, hidden), .up = product_matrix(&layer->shared_up, hidden),
+        .down = product_matrix(&layer->shared_down, layer->shared_ff), .x = &moe->act, .tokens = moe->all_tokens,
+        .num = moe->tokens, .ff = layer->shared_ff, .hidden = hidden, .mid = moe->mid, .out = moe->shared_out,
+        .mid_scratch = moe->mid_scratch,
+    };
+    if (layer->shared_scale.data) {
+        fomoe_matrix w = product_matrix(&layer->shared_scale, hidden);
+        fomoe_matmul_rows(&w, &moe->act, NULL, moe->tokens, 0, 1, moe->shared_scale, 1);
     }
     start_wave(moe, job, 1);
+}
+
+fomoe_moe *fomoe_moe_begin(const fomoe_moe_layer *layer, const float *h, int64_t ldh, int tokens)
+{
+    fomoe_pool_finish(layer->pool); /* of a step that was given up, in the same memory */
+    fomoe_moe *moe = layer->memory;
+    const fomoe_moe_shape *shape = &layer->shape;
+    layout l = { layer->memory, ALIGN64(sizeof *moe) };
+    *moe = (fomoe_moe){ .layer = layer, .pool = layer->pool, .shape = *shape, .tokens = tokens,
+                        .pairs_left = tokens * shape->top_k };
+    lay_out(moe, &l, fomoe_pool_num_threads(layer->pool), tokens, shape, layer->shared_ff);
+    int32_t types[] = { shape->gate_type, shape->up_type, layer->shared_gate.type, layer->shared_up.type,
+                        layer->shared_scale.type };
+    int num_types = !layer->shared_ff ? 2 : layer->shared_scale.data ? 5 : 4;
+    fomoe_act_prepare(layer->pool, &moe->act, h, ldh, tokens, shape->hidden, types, num_types, moe->act_scratch);
+    if (layer->shared_ff) {
+        for (int t = 0; t < tokens; t++)
+            moe->all_tokens[t] = t;
+        start_shared(moe);
+    }
+    return moe;
+}
+
+void fomoe_moe_pick(fomoe_moe *moe, const int32_t *ids, const float *weights)
+{
+    moe->weights = weights;
+    memset(moe->done, 0, moe->shape.num_experts);
+    sort_pairs(moe, ids);
 }
 
 typedef struct {
@@ -325,8 +323,8 @@ static void sum_task(void *arg, int task, int thread)
         const float *outs[MAX_TOP_K];
         for (int r = 0; r < k; r++)
             outs[r] = moe->out + (int64_t)moe->pair_of[t * k + r] * hidden;
-        const float *shared = moe->has_shared ? moe->shared_out + (int64_t)t * hidden : NULL;
-        float shared_weight = moe->has_gate ? job->sigmoid(moe->shared_gate[t]) : 1.0f;
+        const float *shared = moe->layer->shared_ff ? moe->shared_out + (int64_t)t * hidden : NULL;
+        float shared_weight = moe->layer->shared_scale.data ? job->sigmoid(moe->shared_scale[t]) : 1.0f;
         job->weighted_sum(outs, moe->weights + t * k, k, shared, shared_weight, hidden, job->x + t * job->ldx);
     }
 }

@@ -20,26 +20,31 @@ typedef struct {
     int64_t gate_row_bytes, up_row_bytes, down_row_bytes;
 } fomoe_moe_shape;
 
+/* What stays the same from step to step for the experts of one layer. */
+typedef struct fomoe_moe_layer {
+    struct fomoe_pool *pool, *serial; /* `serial` has one thread */
+    void *memory; /* 64-byte aligned, fomoe_moe_bytes long; layers may share it */
+    fomoe_moe_shape shape;
+    int32_t shared_ff; /* 0 without a shared expert */
+    fomoe_product shared_gate, shared_up, shared_down;
+    fomoe_product shared_scale; /* one row, under a sigmoid; data is NULL when there is none */
+} fomoe_moe_layer;
+
 typedef struct fomoe_moe fomoe_moe;
 
 /* Bytes of memory that the steps of such layers need; `shared_ff` is 0 without a shared expert. */
 size_t fomoe_moe_bytes(int num_threads, int max_tokens, const fomoe_moe_shape *shape, int shared_ff);
 
-/* Begins a step in `memory` (64-byte aligned, fomoe_moe_bytes long), which may have served another shape before.
- * `serial` is a pool of one thread. h [tokens][ldh] must stay until the last run; ids and weights [tokens][top_k] until
- * finish. shared_types[num_types]: the types of the shared expert's matrices that multiply h. */
-fomoe_moe *fomoe_moe_begin(void *memory, fomoe_pool *pool, fomoe_pool *serial, const fomoe_moe_shape *shape,
-                           int shared_ff, const int32_t *shared_types, int num_types, const float *h, int64_t ldh,
-                           int tokens, const int32_t *ids, const float *weights);
+/* Begins a step in the layer's memory, whatever it served before. h [tokens][ldh] must stay until the last run. The
+ * shared expert is started: the other threads compute it while the caller goes on. */
+fomoe_moe *fomoe_moe_begin(const fomoe_moe_layer *layer, const float *h, int64_t ldh, int tokens);
+
+/* Says who picked whom, before the first run: ids and weights [tokens][top_k] must stay until finish. */
+void fomoe_moe_pick(fomoe_moe *moe, const int32_t *ids, const float *weights);
 
 /* Computes experts given as (expert, gate address, up address, down address); one that no token picked costs nothing.
  * -EINVAL when an expert is out of range or was run before in this step. */
 int fomoe_moe_run(fomoe_moe *moe, const int64_t *experts, int num);
-
-/* Starts the shared expert, on the other threads while the caller goes on; its weights must stay until finish. Types
- * and rows as fomoe_product; gate_inp->data is NULL when it has none. */
-void fomoe_moe_shared(fomoe_moe *moe, const fomoe_product *gate, const fomoe_product *up, const fomoe_product *down,
-                      const fomoe_product *gate_inp);
 
 /* x[t] += sum by rank of weight * output + shared; returns the number of pairs whose expert never ran (x is then left
  * alone). */

@@ -12,10 +12,7 @@
 typedef struct {
     const fomoe_route *route;
     void (*softmax)(const float *z, int n, float *p);
-    const float *logits;
     float *p; /* per thread */
-    int32_t *ids;
-    float *weights;
     int tokens;
 } route_job;
 
@@ -45,9 +42,9 @@ static void route_task(void *arg, int task, int thread)
     int n = route->num_experts, k = route->top_k, end = (task + 1) * TOKENS_PER_TASK;
     float *p = job->p + thread * (ALIGN64(n * sizeof(float)) / sizeof(float));
     for (int t = task * TOKENS_PER_TASK; t < end && t < job->tokens; t++) {
-        const float *z = job->logits + (int64_t)t * n;
-        int32_t *ids = job->ids + t * k;
-        float *weights = job->weights + t * k, sum = 0.0f;
+        const float *z = route->logits + (int64_t)t * n;
+        int32_t *ids = route->ids + t * k;
+        float *weights = route->weights + t * k, sum = 0.0f;
         pick(z, n, k, ids);
         job->softmax(z, n, p);
         for (int r = 0; r < k; r++)
@@ -58,18 +55,17 @@ static void route_task(void *arg, int task, int thread)
     }
 }
 
-void fomoe_route_run(const fomoe_route *route, const float *x, int64_t ldx, int tokens, const float *norm, float *h,
-                     int64_t ldh, float *logits, int32_t *ids, float *weights)
+void fomoe_route_run(const fomoe_route *route, const float *x, int64_t ldx, int tokens, const float *norm)
 {
-    fomoe_norm_rows(route->pool, x, ldx, tokens, route->hidden, norm, route->eps, h, ldh);
+    fomoe_norm_rows(route->pool, x, ldx, tokens, route->hidden, norm, route->eps, route->h, route->ldh);
     fomoe_linear linear = {
         .pool = route->pool, .scratch = route->scratch, .cols = route->hidden, .num_products = 1,
-        .products = { { route->router, route->router_row_bytes, route->router_type, route->num_experts, logits,
+        .products = { { route->router, route->router_row_bytes, route->router_type, route->num_experts, route->logits,
                         route->num_experts } },
     };
-    fomoe_linear_run(&linear, h, ldh, tokens, NULL);
+    fomoe_linear_run(&linear, route->h, route->ldh, tokens, NULL);
     int num_threads = fomoe_pool_num_threads(route->pool);
     char *p = (char *)route->scratch + fomoe_linear_scratch(num_threads, tokens, route->hidden);
-    route_job job = { route, ISA_PICK(softmax), logits, (float *)p, ids, weights, tokens };
+    route_job job = { route, ISA_PICK(softmax), (float *)p, tokens };
     fomoe_pool_run(route->pool, (tokens + TOKENS_PER_TASK - 1) / TOKENS_PER_TASK, route_task, &job);
 }

@@ -22,13 +22,17 @@ typedef struct fomoe_route {
     int32_t renormalise;
     float weights_scale;
     float eps;
+    float *h; /* [tokens][ldh] */
+    int64_t ldh;
+    float *logits;  /* [tokens][num_experts] */
+    int32_t *ids;   /* [tokens][top_k] */
+    float *weights; /* [tokens][top_k] */
 } fomoe_route;
 
 size_t fomoe_route_scratch(int num_threads, int tokens, int hidden, int num_experts);
 
-/* x [tokens][ldx] -> h [tokens][ldh] = RMS(x, norm), logits [tokens][num_experts], ids and weights [tokens][top_k] by
- * descending logit, the lower id first where two are equal. */
-void fomoe_route_run(const fomoe_route *route, const float *x, int64_t ldx, int tokens, const float *norm, float *h,
-                     int64_t ldh, float *logits, int32_t *ids, float *weights);
+/* x [tokens][ldx] -> h = RMS(x, norm), logits, and ids and weights by descending logit, the lower id first where two are
+ * equal. */
+void fomoe_route_run(const fomoe_route *route, const float *x, int64_t ldx, int tokens, const float *norm);
 
 #endif

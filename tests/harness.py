@@ -138,7 +138,6 @@ class Harness:
             layer.mix(x, segments, cache)
             routing = layer.route(x)
             call = layer.experts(routing)
-            call.shared()
             index = layer.parameters.index
             call.run([self.weights.expert(index, int(e)) for e in np.unique(routing.ids)])
             call.finish(x)

@@ -49,7 +49,7 @@ def model(tmp_path_factory):
 @pytest.fixture
 def calls(monkeypatch):
     counter = collections.Counter()
-    for module in ("cpu", "cpu_moe", "cpu_plans"):
+    for module in ("cpu", "cpu_mixers", "cpu_moe", "cpu_plans"):
         monkeypatch.setattr(f"fomoe.kernels.{module}.lib", CountedLib(counter))
     monkeypatch.setattr("fomoe.io.queued.lib", CountedLib(counter))
 
@@ -109,17 +109,17 @@ def counts_of_decode(model, counters, **options):
     return asyncio.run(asyncio.wait_for(main(), 60))
 
 
-# One C call an operation, whatever the threads; a mixer is its inputs, its step and its output.
+# A layer is one call each for its mixer, its router, to begin its experts (which starts the shared
+# one), to say who picked whom, for the experts in memory, and for the sum.
 COMPUTE_CALLS = {
     "fomoe_embed_rows": 1,
-    "fomoe_linear_run": 2 * LAYERS + 1,  # the head is one more
-    "fomoe_attention_run": ATTENTION,
-    "fomoe_delta_run": DELTA,
+    "fomoe_mixer_run": LAYERS,
     "fomoe_route_run": LAYERS,
     "fomoe_moe_begin": LAYERS,
+    "fomoe_moe_pick": LAYERS,
     "fomoe_moe_run": LAYERS,
-    "fomoe_moe_shared": LAYERS,
     "fomoe_moe_finish": LAYERS,
+    "fomoe_linear_run": 1,  # the head
 }
 
 

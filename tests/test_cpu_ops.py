@@ -15,13 +15,16 @@ from fomoe.kernels.cpu import ISA_NAMES, CpuOps
 from fomoe.kernels.cpu_arrays import Scratch
 from fomoe.kernels.ops import (
     AttentionSpec,
+    AttentionWeights,
     DeltaSpec,
     DeltaState,
+    DeltaWeights,
     KvCache,
     MoeSpec,
     Routing,
     Segment,
     Tensor,
+    UnfusedMixers,
 )
 from fomoe.kernels.reference import ReferenceOps
 from fomoe.kernels.table import F16, F32, Q8_0, QuantType
@@ -188,12 +191,10 @@ class Layer:
         shared = self.shared and tuple(t and ops.weight(t) for t in self.shared)
         return ops.moe(self.spec, self.routing, shared)
 
-    def output(self, ops: Any, groups: list[list[int]], shared_after: int = 0) -> Floats:
+    def output(self, ops: Any, groups: list[list[int]]) -> Floats:
         """The layer's output with the experts run group by group."""
         call = self.begin(ops)
-        for i, group in enumerate(groups):
-            if i == shared_after:
-                call.shared()
+        for group in groups:
             call.run([self.addresses(e) for e in group])
         x = self.x.copy()
         call.finish(x)
@@ -226,7 +227,7 @@ def test_moe_does_not_depend_on_the_order_of_arrival(ops: CpuOps, tokens: int) -
         order = random.permutation(12).tolist()
         cuts = sorted(random.integers(0, 12, 3))
         groups = [order[a:b] for a, b in zip([0, *cuts], [*cuts, 12], strict=True)]
-        got = layer.output(ops, groups, shared_after=seed % 4)
+        got = layer.output(ops, groups)
         assert np.array_equal(got, want)
 
 
@@ -254,10 +255,10 @@ def test_moe_given_up_while_the_shared_expert_is_under_way(ops: CpuOps) -> None:
     layer, other = Layer(moe_spec(), 50, True), Layer(moe_spec(), 1, True)
     want = layer.output(ops, [ALL])
     for _ in range(20):
-        other.begin(ops).shared()
-        layer.begin(ops).shared()
+        other.begin(ops)
+        layer.begin(ops)
         assert np.array_equal(layer.output(ops, [ALL]), want)
-    layer.begin(ops).shared()  # and close
+    layer.begin(ops)  # and close
 
 
 # ---- attention ----
@@ -343,6 +344,88 @@ def test_attention_over_many_keys(ops: CpuOps) -> None:
         sequences.step(ops, [256, 0])
     for counts in ([1, 29], [3, 1], [8, 0]):
         assert sequences.step(ops, counts) < 1e-11
+
+
+# ---- mixers ----
+
+
+def attention_weights(random: np.random.Generator, o: Any) -> AttentionWeights:
+    spec = attention_spec()
+    inner, kv = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
+    return AttentionWeights(
+        spec=spec,
+        eps=1e-6,
+        norm=normal(random, 96),
+        inputs=[o.weight(matrix(random, n, 96)) for n in (2 * inner, kv, kv)],
+        q_norm=normal(random, spec.head_dim),
+        k_norm=None,
+        output=o.weight(matrix(random, 96, inner)),
+    )
+
+
+def delta_weights(random: np.random.Generator, o: Any) -> DeltaWeights:
+    spec = delta_spec()
+    widths = (spec.conv_dim, spec.value_dim, spec.v_heads, spec.v_heads)
+    return DeltaWeights(
+        layer=1,
+        spec=spec,
+        eps=1e-6,
+        norm=normal(random, 96),
+        inputs=[o.weight(matrix(random, n, 96)) for n in widths],
+        conv=normal(random, spec.conv_dim, spec.conv_kernel),
+        dt_bias=normal(random, spec.v_heads),
+        a=-np.exp(normal(random, spec.v_heads)),
+        out_norm=normal(random, spec.head_dim),
+        output=o.weight(matrix(random, 96, spec.value_dim)),
+    )
+
+
+class MixedSequences:
+    """Two sequences with a cache and a state each, for one backend or way of mixing."""
+
+    def __init__(self, o: Any, mixers: Any) -> None:
+        self.o, self.mixers = o, mixers
+        self.attention = attention_weights(rng(5), o)
+        self.delta = delta_weights(rng(6), o)
+        attention, delta = self.attention.spec, self.delta.spec
+        shape = (6, attention.kv_heads, 16, attention.head_dim)
+        self.cache = KvCache(np.zeros(shape, np.float32), np.zeros(shape, np.float32), 16)
+        self.pages = [np.array(p, np.int32) for p in ([4, 0, 5], [1, 3, 2])]
+        square = (delta.v_heads, delta.head_dim, delta.head_dim)
+        past = (delta.conv_kernel - 1, delta.conv_dim)
+        self.states = [
+            [None, DeltaState(np.zeros(past, np.float32), np.zeros(square, np.float32))]
+            for _ in range(2)
+        ]
+        self.done = [0, 0]
+
+    def step(self, x: Floats, counts: list[int]) -> Floats:
+        x = x.copy()
+        segments, start = [], 0
+        for i, count in enumerate(counts):
+            if count:
+                at = self.done[i]
+                segments.append(Segment(start, count, at, self.pages[i], self.states[i]))
+                self.done[i] += count
+                start += count
+        a, d = self.attention, self.delta
+        qkv = [self.o.buffer(len(x), w.rows) for w in a.inputs]
+        qkv.append(self.o.buffer(len(x), a.output.cols))
+        ins = [self.o.buffer(len(x), w.rows) for w in d.inputs]
+        ins.append(self.o.buffer(len(x), d.output.cols))
+        self.mixers.mix_delta(self.o, d, x, ins, segments)
+        self.mixers.mix_attention(self.o, a, x, qkv, self.cache, segments)
+        self.mixers.mix_attention(self.o, a, x, qkv, self.cache, segments)
+        return x
+
+
+def test_mixers_in_one_call_are_those_in_three(ops: CpuOps) -> None:
+    fused, unfused = MixedSequences(ops, CpuOps), MixedSequences(ops, UnfusedMixers)
+    for counts in ([9, 0], [1, 4], [1, 1], [1, 1], [0, 1], [0, 1], [20, 1]):
+        x = normal(rng(sum(counts)), sum(counts), 96)
+        got = fused.step(x, counts)
+        assert np.array_equal(got, unfused.step(x, counts))
+        assert not np.array_equal(got, x)
 
 
 # ---- delta-net ----

@@ -16,7 +16,9 @@ import numpy.typing as npt
 from fomoe.kernels.ops import (
     A,
     AttentionSpec,
+    AttentionWeights,
     DeltaSpec,
+    DeltaWeights,
     KvCache,
     MoeCall,
     Ops,
@@ -95,22 +97,22 @@ class AttentionMixer:
 
     def __init__(self, builder: Builder, layer: int, spec: AttentionSpec) -> None:
         p = f"blk.{layer}.attn_"
-        self._ops, self._spec, self._eps = builder.ops, spec, builder.hp.eps
-        self._workspace = builder.workspace
-        self._norm = builder.vector(f"{p}norm.weight")
-        self._qkv = builder.attention_inputs(layer, spec)
-        self._q_norm = builder.vector(f"{p}q_norm.weight")
-        self._k_norm = builder.vector(f"{p}k_norm.weight")
-        self._output = builder.weight(f"{p}output.weight")
+        self._ops, self._workspace = builder.ops, builder.workspace
         self._widths = attention_widths(spec)
+        self._weights = AttentionWeights(
+            spec=spec,
+            eps=builder.hp.eps,
+            norm=builder.vector(f"{p}norm.weight"),
+            inputs=builder.attention_inputs(layer, spec),
+            q_norm=builder.vector(f"{p}q_norm.weight"),
+            k_norm=builder.vector(f"{p}k_norm.weight"),
+            output=builder.weight(f"{p}output.weight"),
+        )
 
     def mix(self, x: A, segments: Sequence[Segment], cache: KvCache | None) -> None:
         assert cache is not None, "attention without a cache"
-        ops = self._ops
-        q, k, v, out = self._workspace.take(len(x), self._widths)
-        ops.linear(x, self._qkv, [q, k, v], norm=self._norm, eps=self._eps)
-        ops.attention(self._spec, q, k, v, self._q_norm, self._k_norm, cache, segments, out)
-        ops.linear_add(out, self._output, x)
+        buffers = self._workspace.take(len(x), self._widths)
+        self._ops.mix_attention(self._weights, x, buffers, cache, segments)
 
 
 class DeltaMixer:
@@ -120,41 +122,30 @@ class DeltaMixer:
         self, builder: Builder, layer: int, spec: DeltaSpec, beta: Tensor, alpha: Tensor
     ) -> None:
         p = f"blk.{layer}."
-        self._ops, self._layer, self._spec, self._eps = builder.ops, layer, spec, builder.hp.eps
-        self._workspace = builder.workspace
-        self._norm = builder.vector(f"{p}attn_norm.weight")
-        self._inputs = [
+        self._ops, self._workspace = builder.ops, builder.workspace
+        self._widths = delta_widths(spec)
+        inputs = [
             builder.weight(f"{p}attn_qkv.weight"),
             builder.weight(f"{p}attn_gate.weight"),
             builder.ops.weight(beta),
             builder.ops.weight(alpha),
         ]
-        self._conv = builder.vector(f"{p}ssm_conv1d.weight")
-        self._dt_bias = builder.vector(f"{p}ssm_dt.bias")
-        self._a = builder.vector(f"{p}ssm_a")
-        self._out_norm = builder.vector(f"{p}ssm_norm.weight")
-        self._output = builder.weight(f"{p}ssm_out.weight")
-        self._widths = delta_widths(spec)
+        self._weights = DeltaWeights(
+            layer=layer,
+            spec=spec,
+            eps=builder.hp.eps,
+            norm=builder.vector(f"{p}attn_norm.weight"),
+            inputs=inputs,
+            conv=builder.vector(f"{p}ssm_conv1d.weight"),
+            dt_bias=builder.vector(f"{p}ssm_dt.bias"),
+            a=builder.vector(f"{p}ssm_a"),
+            out_norm=builder.vector(f"{p}ssm_norm.weight"),
+            output=builder.weight(f"{p}ssm_out.weight"),
+        )
 
     def mix(self, x: A, segments: Sequence[Segment], cache: KvCache | None) -> None:
-        ops = self._ops
-        qkv, z, beta, alpha, out = self._workspace.take(len(x), self._widths)
-        ops.linear(x, self._inputs, [qkv, z, beta, alpha], norm=self._norm, eps=self._eps)
-        ops.delta_net(
-            self._spec,
-            self._layer,
-            qkv,
-            z,
-            beta,
-            alpha,
-            self._conv,
-            self._dt_bias,
-            self._a,
-            self._out_norm,
-            segments,
-            out,
-        )
-        ops.linear_add(out, self._output, x)
+        buffers = self._workspace.take(len(x), self._widths)
+        self._ops.mix_delta(self._weights, x, buffers, segments)
 
 
 class Layer:
@@ -179,7 +170,7 @@ class Layer:
         return self._ops.route(self.parameters.moe, x, self._norm, self._eps, self._router)
 
     def experts(self, routing: Routing) -> MoeCall:
-        """Begin the experts of this layer, the shared one included."""
+        """Begin the experts of this layer. The shared one may be computed from now on."""
         return self._ops.moe(self.parameters.moe, routing, self._shared)
 
 
