@@ -161,7 +161,13 @@ async def load(
         for pool in dict.fromkeys(pools):
             background.start(prepare(arena, reader, pool.base, pool.nbytes))
         if residency.uses is not None:
-            background.start(store.seed(seed_order(residency.uses, list(plan.quota))))
+            seeding = store.seed(seed_order(residency.uses, list(plan.quota)))
+            if options.deterministic:
+                # Who is resident at the first token must not depend on how soon it is asked for.
+                await seeding
+                await store.settle()
+            else:
+                background.start(seeding)
         return Loaded(
             gguf=gguf,
             hp=hp,

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fomoe.config import format_size
+from fomoe.experts.predict import PrefetchStats
 from fomoe.residency import ResidencyStats
 
 
@@ -76,7 +77,7 @@ class Stats:
         result = [_phase("prompt", self.prompt), _phase("generation", self.generation)]
         if self.residency:
             result += _prefetch_lines(self.residency)
-            result += _car_lines(self.residency)
+            result += car_lines(self.residency)
         if self.planned_bytes:
             peak, planned = format_size(self.peak_bytes), format_size(self.planned_bytes)
             result.append(f"memory      {peak} at most, {planned} planned")
@@ -95,12 +96,24 @@ def _prefetch_lines(stats: ResidencyStats) -> list[str]:
     if prefetch.issued:
         lines.append(
             f"prefetch    {prefetch.issued} experts read ahead, {prefetch.useful} used,"
-            f" {prefetch.wasted} in vain; switched off {prefetch.switched_off} times"
+            f" {prefetch.wasted} in vain{_switched(prefetch)}"
         )
+    elif recall.picks:
+        lines.append(f"prefetch    nothing was worth reading ahead{_switched(prefetch)}")
     return lines
 
 
-def _car_lines(stats: ResidencyStats) -> list[str]:
+def _switched(prefetch: PrefetchStats) -> str:
+    if not prefetch.switched_off:
+        return ""
+    return (
+        f"; found not to pay {prefetch.switched_off} times,"
+        f" now {'off' if prefetch.paused else 'on again'}"
+    )
+
+
+def car_lines(stats: ResidencyStats) -> list[str]:
+    """What stand-ins cost so far; nothing where no rule is on."""
     car, backfill = stats.car, stats.backfill
     if not car.picks:
         return []

@@ -57,6 +57,16 @@ def test_text_goes_to_stdout_and_figures_to_stderr(generate):
     assert "the ring" not in errors
 
 
+def test_what_stand_ins_cost_is_shown_while_text_streams(generate, monkeypatch):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    flags = ("-p", "the ring", "-n", 6, "--cache-share", 0.25)
+    _, _, errors = generate(*flags, "--car", "max-rank:1,16", "--car-audit", 1)
+    titles = re.findall("\033]0;([^\a]*)\a", errors)
+    assert "of the picks substituted" in titles[0]
+    assert errors.index("\033[23;0t") < errors.index("generation ")
+    assert "\033" not in generate(*flags)[2]
+
+
 def test_prompts_come_from_a_file_and_from_standard_input(generate, tmp_path, monkeypatch):
     expected = generate("-p", "the ring", "-n", 4)[1]
     (tmp_path / "prompt").write_text("the ring")

@@ -76,9 +76,11 @@ def test_it_pauses_when_it_does_not_pay_and_tries_again() -> None:
     for _ in range(32):
         ahead.note_outcome(10, used=False, cost_s=1e-3)
     assert ahead.stats.switched_off == 1
+    assert ahead.stats.paused
     assert not ahead.active(11)
     assert ahead.choose(0, places(5), MB, clock=10 + 255) == []
     assert ahead.choose(0, places(5), MB, clock=10 + 256) == [5]
+    assert not ahead.stats.paused
     for _ in range(32):
         ahead.note_outcome(266, used=False, cost_s=1e-3)
     assert not ahead.active(266 + 511)

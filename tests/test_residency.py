@@ -94,6 +94,27 @@ def test_a_profile_warms_the_next_start(model, tmp_path):
     assert warm.prompt.hit_rate > cold.prompt.hit_rate
 
 
+def test_a_profile_does_not_make_deterministic_text_depend_on_time(model, tmp_path):
+    profile = tmp_path / "uses"
+    generate(model, share=1.0, profile=profile)
+    seed = profile.read_bytes()
+
+    async def text(wait, io):
+        profile.write_bytes(seed)
+        options = {"car": CarOptions.parse("prior:0.5", top_j=1), "deterministic": True, "io": io}
+        async with Engine.open(
+            model, context=128, ubatch=16, cache_share=0.4, profile=profile, **options
+        ) as engine:
+            await asyncio.sleep(wait)
+            stream = engine.generate(PROMPT_TEXT, max_tokens=24, sampling=GREEDY, ignore_eos=True)
+            ids = [t.id async for t in stream]
+            return ids, engine.stats().prompt.hits, engine.stats().generation.hits
+
+    at_once, later = (asyncio.run(text(wait, io)) for wait, io in ((0, "threads"), (0.3, "uring")))
+    assert at_once == later
+    assert at_once[1] > 0
+
+
 @pytest.mark.parametrize("damage", [b"", b"no profile at all", None])
 def test_a_profile_that_cannot_serve_is_refused_with_one_line(model, tmp_path, caplog, damage):
     profile = tmp_path / "uses"

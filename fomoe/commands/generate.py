@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from fomoe.commands.interruption import Interruption
 from fomoe.engine import Engine
 from fomoe.errors import RequestError
 from fomoe.sampling import Sampling
+from fomoe.stats import car_lines
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -86,6 +88,34 @@ async def _run(args: argparse.Namespace, prompt: str, sampling: Sampling) -> int
             return await _generate(args, engine, prompt, sampling, interruption)
 
 
+class CarTitle:
+    """What stand-ins cost, in the title of the terminal while text streams; nothing without a
+    terminal or without cache-aware routing."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._on = sys.stderr.isatty() and engine.options.car.rule != "off"
+        self._shown = 0.0
+        self._print("\033[22;0t")  # keep the title that was there
+
+    def show(self) -> None:
+        now = time.perf_counter()
+        if self._on and now - self._shown > 0.5:
+            residency = self._engine.stats().residency
+            assert residency is not None
+            lines = [" ".join(line.split()) for line in car_lines(residency)]
+            if lines:
+                self._shown = now
+                self._print(f"\033]0;{'; '.join(lines)}\a")
+
+    def close(self) -> None:
+        self._print("\033[23;0t")
+
+    def _print(self, sequence: str) -> None:
+        if self._on:
+            print(sequence, end="", file=sys.stderr, flush=True)
+
+
 async def _opened(args: argparse.Namespace) -> Engine:
     return await open_engine(args)
 
@@ -105,6 +135,8 @@ async def _generate(
     if not args.json:
         print(prompt, end="", flush=True)
 
+    title = CarTitle(engine)
+
     async def consume() -> None:
         nonlocal reason
         async for token in engine.generate(
@@ -115,8 +147,10 @@ async def _generate(
             reason = token.finish_reason or reason
             if not args.json:
                 print(token.text, end="", flush=True)
+            title.show()
 
     await interruption.unless(consume())
+    title.close()
     if interruption.status:
         reason = "interrupted"
     stats = engine.stats()

@@ -61,6 +61,7 @@ class PrefetchStats:
     saved_s: float = 0.0
     cost_s: float = 0.0
     switched_off: int = 0  # how often it was found not to pay
+    paused: bool = False  # it is switched off now
 
 
 class Prefetcher:
@@ -129,6 +130,7 @@ class Prefetcher:
         read now; the caller tells the outcome of each by note_outcome."""
         if not (absent and self.active(clock)):
             return []
+        self.stats.paused = False
         if self.mode == "on":
             chosen = [expert for _, expert in absent[: self._max_reads]]
         else:
@@ -174,6 +176,7 @@ class Prefetcher:
             self._pause = _FIRST_PAUSE
             return
         self.stats.switched_off += 1
+        self.stats.paused = True
         self._resume_at = clock + self._pause
         self._pause = min(2 * self._pause, _LONGEST_PAUSE)
         self._outcomes = 0
