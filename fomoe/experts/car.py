@@ -261,7 +261,8 @@ class CacheAwareRouter:
         if options.rule == "prior":
             limit, floor = options.value * self._ranges[layer], -np.inf
         else:
-            limit, floor = np.inf, float(np.partition(z, -options.max_rank)[-options.max_rank])
+            last = max(len(z) - options.max_rank, 0)
+            limit, floor = np.inf, float(np.partition(z, last)[last])
         for rank, (c, value) in zip(reversed(absent), _descending(worth), strict=False):
             gap = float(z[picks[rank]]) - value
             if gap >= limit or value < floor:
