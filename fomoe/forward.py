@@ -176,17 +176,12 @@ class Forward:
         self._note_prediction(index, experts)
         step = self._store.begin(index, experts, counts, passing=audit)
         try:
-            resident = step.take()
-            if resident:
-                await self._compute(Part.RESIDENT, index, call.run, resident, experts=len(resident))
-                step.computed(resident)
-            while True:
+            self._fetch_ahead(step, index, ahead)
+            while some := await step.landed():
+                part = Part.LANDED if step.fresh else Part.RESIDENT
+                await self._compute(part, index, call.run, some, experts=len(some))
+                step.computed(some)
                 self._fetch_ahead(step, index, ahead)
-                landed = await step.landed()
-                if not landed:
-                    break
-                await self._compute(Part.LANDED, index, call.run, landed, experts=len(landed))
-                step.computed(landed)
             await self._compute(Part.FINISH, index, call.finish, x)
         except ReadError as error:
             lost = (routing.ids == step.lost).any(axis=1)  # [tokens]

@@ -45,8 +45,10 @@ class HandReader:
 class Layout:
     """Experts of one page."""
 
-    num_experts = 16
     expert_bytes = slot_bytes = SLOT
+
+    def __init__(self, num_experts):
+        self.num_experts = num_experts
 
     def extents(self, expert, slot_address):
         return [Extent(0, expert * SLOT, SLOT, slot_address, SLOT)]
@@ -55,13 +57,13 @@ class Layout:
         return slot_address, slot_address, slot_address
 
 
-def make(quota=4, transit=3, layers=2, top_k=2, ordered=False):
+def make(quota=4, transit=3, layers=2, top_k=2, ordered=False, experts=16):
     reader = HandReader()
     pool = SlotPool(1 << 20, SLOT, quota * layers + transit, transit)
     store = ExpertStore(
-        layouts=[Layout()] * layers,
+        layouts=[Layout(experts)] * layers,
         pools=[pool] * layers,
-        caches=[ExpertCache(16, quota, make_policy("lru", 16)) for _ in range(layers)],
+        caches=[ExpertCache(experts, quota, make_policy("lru", experts)) for _ in range(layers)],
         reader=reader,
         top_k=top_k,
         ordered=ordered,
@@ -257,3 +259,30 @@ def test_a_guess_evicts_nobody_until_it_is_used():
     asyncio.run(main())
     assert [e for e in range(16) if s.store.is_ready(0, e)] == [5, 6]
     assert free_slots(s) == 6
+
+
+def test_a_sweep_comes_in_batches_that_make_room_for_reads():
+    s = make(quota=8, transit=40, layers=1, experts=64)
+    s.store.note_uses(0, np.array([range(8)], np.int32), prompt=True)
+    run_step(s, 0, list(range(8)))
+    s.store.prefetch(0, [8, 9], guess=True)
+    s.reader.land()
+
+    async def main():
+        step = s.store.begin(0, list(range(60)), [1] * 60)
+        assert [e[0] for e in step.take()] == [8, 9], "what holds a slot for others goes first"
+        assert not step.fresh
+        s.reader.land(count=12)
+        batch = await step.landed()
+        assert step.fresh
+        assert len(batch) == 8
+        waiting = len(s.reader.flying)
+        step.computed(batch)
+        assert len(s.reader.flying) == waiting + 8, "their slots are read into at once"
+        while batch := step.take():
+            assert len(batch) <= 8
+            step.computed(batch)
+        step.close()
+        s.reader.land()
+
+    asyncio.run(main())

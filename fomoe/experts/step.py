@@ -15,6 +15,10 @@ from fomoe.errors import ReadError
 from fomoe.experts.layer import LayerExperts, Resident
 from fomoe.experts.ledger import Ledger
 
+# Steps that need so many experts hand them out by batches of so many.
+_MANY = 32
+_BATCH = 8
+
 
 class ExpertStep:
     """Use: while `experts := await step.landed()`, compute them and call computed(experts); close()
@@ -22,16 +26,18 @@ class ExpertStep:
 
     __slots__ = (
         "_arrived", "_begin_ns", "_error", "_landed_ns", "_late", "_ledger", "_on_closed",
-        "_on_computed", "_waker", "landed_experts", "layer", "lost", "passing", "pending",
-        "sweeping", "waiting", "wanted",
+        "_on_computed", "_ordered", "_resident", "_urgent", "_waker", "fresh", "layer", "lost",
+        "passing", "pending", "sweeping", "waiting", "wanted",
     )  # fmt: skip
 
     def __init__(
         self,
         layer: LayerExperts,
         experts: Sequence[int],
+        resident: Sequence[int],
         *,
         passing: bool,
+        ordered: bool,
         ledger: Ledger,
         on_computed: Callable[[ExpertStep, Sequence[int]], None],
         on_closed: Callable[[ExpertStep], None],
@@ -42,10 +48,15 @@ class ExpertStep:
         # More experts than the layer has slots: newcomers must be worth more than who they
         # displace.
         self.sweeping = len(experts) > layer.cache.capacity
-        self.landed_experts: list[int] = []
+        self.fresh = False  # among what was handed out last some have landed since the step began
         self.waiting: set[int] = set()
         self.pending: deque[int] = deque()  # no slot yet
         self.lost = -1  # the expert that could not be read
+        # Handed out first: those whose slots may be waited for, read ahead or landed since.
+        transit = layer.transit
+        self._urgent = [e for e in resident if e in transit] if transit else []
+        self._resident = [e for e in resident if e not in transit] if self._urgent else [*resident]
+        self._ordered = ordered
         self._ledger = ledger
         self._on_computed = on_computed
         self._on_closed = on_closed
@@ -61,15 +72,15 @@ class ExpertStep:
         self.waiting.add(expert)
         self._late.add(expert)
 
-    def arrived(self, expert: int, landed_ns: int, *, ordered: bool) -> None:
+    def arrived(self, expert: int, landed_ns: int) -> None:
         """A read has landed. With `ordered`, experts that were asked for together are handed out
         together, so that who stays does not depend on which of them the drive brings first."""
         self._landed_ns[expert] = landed_ns
         self.waiting.remove(expert)
         self._arrived.append(expert)
-        if ordered and self.waiting:
+        if self._ordered and self.waiting:
             return
-        self.landed_experts += sorted(self._arrived) if ordered else self._arrived
+        self._urgent += sorted(self._arrived) if self._ordered else self._arrived
         self._arrived.clear()
         self._wake()
 
@@ -80,35 +91,53 @@ class ExpertStep:
         self._wake()
 
     def take(self) -> list[Resident]:
-        """The experts that can be computed now, without waiting."""
-        experts, self.landed_experts = self.landed_experts, []
+        """Experts that can be computed now, without waiting. Of a prompt's many they come in small
+        batches as long as others have to be read: what is computed gives its slots to reads, and
+        the drive must not run dry meanwhile."""
+        experts = self._next()
+        self.fresh = False
         if self._landed_ns:
             now, landed = time.perf_counter_ns(), self._landed_ns
-            self._ledger.note_handover([now - landed.pop(e) for e in experts if e in landed])
+            waited = [now - landed.pop(e) for e in experts if e in landed]
+            self.fresh = bool(waited)
+            self._ledger.note_handover(waited)
         ready = self.layer.ready
         return [ready[e] for e in experts]
+
+    def _next(self) -> list[int]:
+        urgent, resident = self._urgent, self._resident
+        if self._ordered and resident:
+            self._resident = []
+            return resident
+        if len(self.wanted) < _MANY or self._ordered or not (self.pending or self.waiting):
+            self._urgent, self._resident = [], []
+            return urgent + resident
+        experts = urgent[:_BATCH] or resident[:_BATCH]
+        del (urgent or resident)[:_BATCH]
+        return experts
 
     @property
     def complete(self) -> bool:
         """Every expert has been handed out."""
-        return not (self.landed_experts or self.waiting or self.pending)
+        return not (self._urgent or self._resident or self.waiting or self.pending)
 
     async def landed(self) -> list[Resident]:
-        """The experts that landed since the last call, waiting for one if none has; [] at the end.
+        """Experts to be computed, as of take(), waiting for one to land if there is none; [] at the
+        end.
 
         Raises ReadError when a read failed for good.
         """
-        if not self.landed_experts and (self.waiting or self.pending):
+        if not (self._urgent or self._resident) and (self.waiting or self.pending):
             begin = time.perf_counter_ns()
             if self._begin_ns:
                 window = begin - self._begin_ns
                 self.layer.window_ns += (window - self.layer.window_ns) / 16
                 self._begin_ns = 0
-            while not self.landed_experts and self._error is None:
+            while not self._urgent and self._error is None:
                 self._waker = asyncio.get_running_loop().create_future()
                 await self._waker
             self._waker = None
-            expert = self.landed_experts[0] if self.landed_experts else None
+            expert = self._urgent[0] if self._urgent else None
             self._ledger.note_stall(self.layer.index, begin, expert, late=expert in self._late)
         if self._error is not None:
             raise self._error

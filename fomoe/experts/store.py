@@ -169,10 +169,14 @@ class ExpertStore:
         state = self._layers[layer]
         assert self._steps[layer] is None, "one step at a time per layer"
         passing = passing and state.pool.transit > 0
+        ready, picks = state.ready, sum(counts)
+        resident = [e for e in experts if e in ready]
         step = self._steps[layer] = ExpertStep(
             state,
             experts,
+            resident,
             passing=passing,
+            ordered=self._ordered,
             ledger=self._ledger,
             on_computed=self._computed,
             on_closed=self._closed,
@@ -180,10 +184,8 @@ class ExpertStore:
         state.held.update(experts)
         # A passing step is not part of what is counted.
         stats = StoreStats() if passing else self.stats
-        ready, picks = state.ready, sum(counts)
-        step.landed_experts = [e for e in experts if e in ready]
         stats.uses += len(experts)
-        stats.hits += len(step.landed_experts)
+        stats.hits += len(resident)
         stats.picks += picks
         stats.pick_hits += picks
         for expert, count in zip(experts, counts, strict=True):
@@ -288,7 +290,7 @@ class ExpertStore:
         nbytes = state.layout.expert_bytes
         self._ledger.note_read(state.index, expert, request, nbytes, wanted=wanted)
         if step and expert in step.waiting:
-            step.arrived(expert, request.landed_ns, ordered=self._ordered)
+            step.arrived(expert, request.landed_ns)
         elif step and expert in state.transit and not wanted:
             state.forget(expert)
 

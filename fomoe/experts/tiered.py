@@ -47,10 +47,12 @@ class TieredStore(ExpertStore):
     def is_known(self, layer: int, expert: int) -> bool:
         return self._tiers[layer].holds(layer, expert) or super().is_known(layer, expert)
 
-    def prefetch(self, layer: int, experts: Sequence[int], *, certain: bool = False) -> int:
+    def prefetch(
+        self, layer: int, experts: Sequence[int], *, certain: bool = False, guess: bool = False
+    ) -> int:
         tier = self._tiers[layer]
         absent = [e for e in experts if not tier.holds(layer, e)]
-        taken = super().prefetch(layer, absent, certain=certain)
+        taken = super().prefetch(layer, absent, certain=certain, guess=guess)
         if taken == len(absent):
             return len(experts)
         return experts.index(absent[taken])
