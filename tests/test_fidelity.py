@@ -67,8 +67,8 @@ def test_the_command_measures_what_is_missing_and_reports(tmp_path):
     text = tmp_path / "text"
     text.write_text("the thing on the other side of there, and the thing in it " * 8)
     out, md = tmp_path / "points.tsv", tmp_path / "front.md"
-    grid = ["measure", "-m", model, "-f", text, "-o", out, "--share", 0.25, "--tokens", 30]
-    grid += ["--window", 24, "--unscored", 4, "--rule"]
+    grid = ["measure", "-m", model, "-f", text, "-o", out, "--share", 0.25, "--passages", 2]
+    grid += ["--length", 24, "--unscored", 4, "--rule"]
     run(*grid, "off,ratio:0.1")
     before = out.read_bytes()
     assert "[1/1]" in run(*grid, "off,ratio:0.1,max-rank:1,12")
@@ -78,5 +78,6 @@ def test_the_command_measures_what_is_missing_and_reports(tmp_path):
     assert ratio.outcome.kl > 0.0 < ratio.outcome.substituted
     assert ratio.outcome.misses < exact.outcome.misses
     assert rank.setting.text == "max-rank:1,12"
+    assert rank.outcome.tokens == 38
     run("report", out, "--md", md)
     assert "| exact, lfu |" in md.read_text()

@@ -84,6 +84,16 @@ class Point:
         """Of the perplexity, %."""
         return 100.0 * (self.outcome.ratio - 1.0)
 
+    @property
+    def line(self) -> str:
+        """The point in short, for who waits for it."""
+        o = self.outcome
+        return (
+            f"{100 * self.setting.share:g} % {self.setting.text}: misses {o.misses:.1f} %,"
+            f" PPL {self.increase:+.2f} +- {100 * o.ratio_error:.2f} %,"
+            f" KL {o.kl:.4f} +- {o.kl_error:.4f}"
+        )
+
 
 _FIELDS = [*dataclasses.fields(Setting), *dataclasses.fields(Outcome)]
 
