@@ -1,15 +1,16 @@
 """Blocks of every quantisation type, unpacked in registers.
 
 Owns: what the bytes of a block mean (after ggml-common.h, as native/dequantize.c reads them). Does
-not know: matrices, activations. A caller walks a row in sub-blocks of 32 columns, which is what
-shares a scale in most types; the larger blocks hold eight of them.
+not know: matrices, activations, who multiplies.
 
-Codes become floats by their place in the mantissa: 1.0 | code << (23 - bits) is 1 + code / 2^bits,
-exactly, so one fused multiply-add with factors of the sub-block gives the value. Converting
-integers runs at an eighth of that rate on consumer cards.
+A row is cut into chunks of at most 16 bytes of codes: what one lane reads at once. The codes of a
+chunk are handed out in quads, four neighbouring columns: quad i of the low nibbles (HIGH = 0) or
+of the high ones, as float32 units u with value = a * u + b, where a and b belong to the chunk and
+HIGH. Codes become floats by their place in the mantissa: 1.0 | code << (23 - bits) is
+1 + code / 2^bits, exactly; converting integers runs at an eighth of that rate on consumer cards.
 """
 
-# What is written in here runs on the device: shapes are those of the caller's tensors.
+# Device code: tensors of the caller's shapes have no types here.
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,misc,no-any-return"
 
 from __future__ import annotations
@@ -17,215 +18,348 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-SUB = tl.constexpr(32)
+from fomoe.kernels.table import QUANT_TYPES
+
+_TYPES = {t.name: t for t in QUANT_TYPES.values()}
+_WIDE = ("F32", "F16", "BF16", "Q8_0")  # a code fills a byte or more
+
+
+# ---- shapes of a type, at compile time ----
+
+
+@triton.constexpr_function
+def chunk_cols(type_name):
+    """Columns of a chunk."""
+    return {"F32": 4, "F16": 8, "BF16": 8, "Q8_0": 16}.get(type_name, 32)
+
+
+@triton.constexpr_function
+def num_halves(type_name):
+    """2 where a byte holds two codes, low and high."""
+    return 1 if type_name in _WIDE else 2
+
+
+@triton.constexpr_function
+def num_quads(type_name):
+    """Quads of a half."""
+    return {"F32": 1, "F16": 2, "BF16": 2}.get(type_name, 4)
+
+
+@triton.constexpr_function
+def is_float(type_name):
+    """Whether the units are the values."""
+    return type_name in ("F32", "F16", "BF16")
+
+
+@triton.constexpr_function
+def row_bytes(type_name, cols):
+    """Bytes of a row of `cols` columns."""
+    return _TYPES[type_name].row_bytes(cols)
+
+
+@triton.constexpr_function
+def block_bytes(type_name):
+    """Bytes of a block; of a chunk where the type has no blocks."""
+    return max(_TYPES[type_name].block_bytes, 16)
+
+
+@triton.constexpr_function
+def block_chunks(type_name):
+    """Chunks of a block."""
+    return {256: 8, 32: 2 if type_name == "Q8_0" else 1, 1: 1}[_TYPES[type_name].block_size]
+
+
+# ---- bytes ----
 
 
 @triton.jit
-def _u32(p):
-    return tl.load(p.to(tl.pointer_type(tl.int32)))
+def _split4(x):
+    """[R, C, 4] as four [R, C]; no data moves."""
+    even, odd = tl.split(x.reshape(x.shape[0], x.shape[1], 2, 2))
+    x0, x2 = tl.split(even)
+    x1, x3 = tl.split(odd)
+    return x0, x1, x2, x3
+
+
+@triton.jit
+def _load4(p):
+    """Four words at 16-byte aligned p [R, C]."""
+    words = p.to(tl.pointer_type(tl.uint32))[:, :, None] + tl.arange(0, 4)[None, None, :]
+    return _split4(tl.load(words))
+
+
+@triton.jit
+def _load2(p):
+    """Two words at 8-byte aligned p [R, C]."""
+    words = p.to(tl.pointer_type(tl.uint32))[:, :, None] + tl.arange(0, 2)[None, None, :]
+    return tl.split(tl.load(words))
+
+
+@triton.jit
+def _funnel(low, high, shift):
+    return (((high.to(tl.uint64) << 32) | low.to(tl.uint64)) >> shift.to(tl.uint64)).to(tl.uint32)
+
+
+@triton.jit
+def _load4_unaligned(p):
+    """Four words at p [R, C] of any alignment: five aligned ones, none beyond those that p's touch."""
+    address = p.to(tl.int64, bitcast=True)
+    words = (address & -4).to(tl.pointer_type(tl.uint32), bitcast=True)
+    last = ((address + 15) & -4).to(tl.pointer_type(tl.uint32), bitcast=True)
+    shift = (address & 3) * 8
+    w0 = tl.load(words)
+    w1 = tl.load(words + 1)
+    w2 = tl.load(words + 2)
+    w3 = tl.load(words + 3)
+    w4 = tl.load(last)
+    return (
+        _funnel(w0, w1, shift),
+        _funnel(w1, w2, shift),
+        _funnel(w2, w3, shift),
+        _funnel(w3, w4, shift),
+    )
 
 
 @triton.jit
 def _u16(p):
-    return tl.load(p.to(tl.pointer_type(tl.int16))).to(tl.int32) & 0xFFFF
-
-
-@triton.jit
-def _byte(p):
-    return tl.load(p).to(tl.int32)
+    return tl.load(p.to(tl.pointer_type(tl.uint16))).to(tl.uint32)
 
 
 @triton.jit
 def _half(bits):
     """The float32 of the low 16 bits, read as float16."""
-    return bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    return bits.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+# ---- chunks: the words of codes, more bits of them, factors of value = a * u + b ----
 
 
 @triton.jit
-def _value(code, scale, minimum, BITS: tl.constexpr):
-    """scale * code - minimum."""
-    one_and_code = ((code << (23 - BITS)) | 0x3F800000).to(tl.float32, bitcast=True)
-    factor = scale * (1 << BITS)
-    return one_and_code * factor - (factor + minimum)
+def load_chunk(row, chunk, TYPE: tl.constexpr):
+    """Chunk `chunk` [1, C] of rows at byte pointers `row` [R, 1].
+
+    Returns (four words of codes, four words of further bits, (a, b) of the low half, (a, b) of the
+    high half); what a type lacks repeats another entry.
+    """
+    PER: tl.constexpr = block_chunks(TYPE)
+    p = row + (chunk // PER) * block_bytes(TYPE)
+    part = chunk % PER
+    if TYPE == "Q4_K":
+        words = _load4(p + 16 + part * 16)
+        low, high = _k_factors(p, part // 2, 4)
+        return words, words, low, high
+    elif TYPE == "Q5_K":
+        words = _load4(p + 48 + part * 16)
+        low, high = _k_factors(p, part // 2, 5)
+        fifth = _load4(p + 16 + (part % 2) * 16)
+        shift = (part // 2 * 2).to(tl.uint32)
+        return words, _shift4(fifth, shift), low, high
+    elif TYPE == "Q6_K":
+        return _q6_k(p, part)
+    elif TYPE == "IQ4_XS":
+        return _iq4_xs(p, part)
+    elif TYPE == "Q8_0":
+        words = _load4_unaligned(p + 2 + part * 16)
+        low = _half(_u16(p)) * 256, _half(_u16(p)) * 0
+        return words, words, low, low
+    elif TYPE == "F32" or TYPE == "F16" or TYPE == "BF16":
+        words = _load4(p)
+        one = tl.full([1, 1], 1.0, tl.float32), tl.full([1, 1], 0.0, tl.float32)
+        return words, words, one, one
+    else:
+        return _block_of_32(p, TYPE)
+
+
+@triton.jit
+def _shift4(words, shift):
+    w0, w1, w2, w3 = words
+    return w0 >> shift, w1 >> shift, w2 >> shift, w3 >> shift
+
+
+@triton.jit
+def _factors(scale, minimum, BITS: tl.constexpr):
+    """a and b for value = scale * code - minimum."""
+    a = scale * (1 << BITS)
+    return a, -(a + minimum)
+
+
+@triton.jit
+def _k_factors(p, pair, BITS: tl.constexpr):
+    """Of sub-blocks 2 * pair (low nibbles) and 2 * pair + 1 of Q4_K and Q5_K, whose eight scales
+    and minima of 6 bits lie in 12 bytes."""
+    both, s0, s1, s2 = _load4(p)
+    shift = ((pair & 1) * 16).to(tl.uint32)
+    t0 = s0 >> shift
+    t1 = s1 >> shift
+    t2 = s2 >> shift
+    first = pair < 2
+    # Two bytes at once: those of the low and of the high nibbles.
+    scales = tl.where(first, t0 & 0x3F3F, (t2 & 0x0F0F) | ((t0 >> 2) & 0x3030))
+    minima = tl.where(first, t1 & 0x3F3F, ((t2 >> 4) & 0x0F0F) | ((t1 >> 2) & 0x3030))
+    d = _half(both)
+    d_min = _half(both >> 16)
+    low = _factors(d * (scales & 255).to(tl.float32), d_min * (minima & 255).to(tl.float32), BITS)
+    high = _factors(
+        d * (scales >> 8 & 255).to(tl.float32), d_min * (minima >> 8 & 255).to(tl.float32), BITS
+    )
+    return low, high
+
+
+@triton.jit
+def _q6_k(p, part):
+    """Part 4 h + 2 q + l: columns 128 h + 32 q + 16 l and those 64 further."""
+    half = part // 4
+    quarter = part // 2 % 2
+    words = _load4_unaligned(p + part * 16)
+    upper = _load4_unaligned(p + 128 + half * 32 + (part % 2) * 16)
+    d = _half(_u16(p + 208))
+    scales = p + 192 + half * 8 + part % 4
+    low = tl.load(scales.to(tl.pointer_type(tl.int8))).to(tl.float32) * d
+    high = tl.load(scales.to(tl.pointer_type(tl.int8)) + 4).to(tl.float32) * d
+    return (
+        words,
+        _shift4(upper, (quarter * 2).to(tl.uint32)),
+        (low * 64, low * 0),
+        (high * 64, high * 0),
+    )
+
+
+@triton.jit
+def _iq4_xs(p, part):
+    first, low4 = _load2(p)
+    w0, w1 = _load2(p + 8 + part * 16)
+    w2, w3 = _load2(p + 16 + part * 16)
+    low = (low4 >> (part * 4).to(tl.uint32)) & 15
+    high = (first >> (16 + part * 2).to(tl.uint32)) & 3
+    scale = _half(first) * ((low | (high << 4)).to(tl.float32) - 32)
+    both = scale * 256, scale * 0
+    words = w0, w1, w2, w3
+    return words, words, both, both
+
+
+@triton.jit
+def _block_of_32(p, TYPE: tl.constexpr):
+    """Of 32 columns: codes in 16 bytes, 16 low nibbles and 16 high ones."""
+    if TYPE == "MXFP4":
+        e = tl.load(p).to(tl.uint32)
+        bits = tl.where(e < 2, 0x00200000 << (e & 1), (e - 1) << 23)
+        words = _load4_unaligned(p + 1)
+        both = bits.to(tl.float32, bitcast=True) * 256, tl.zeros_like(e).to(tl.float32)
+        return words, words, both, both
+    elif TYPE == "IQ4_NL":
+        words = _load4_unaligned(p + 2)
+        scale = _half(_u16(p))
+        both = scale * 256, scale * 0
+        return words, words, both, both
+    elif TYPE == "Q4_0":
+        words = _load4_unaligned(p + 2)
+        scale = _half(_u16(p))
+        both = _factors(scale, scale * 8, 4)
+        return words, words, both, both
+    elif TYPE == "Q4_1":
+        words = _load4_unaligned(p + 4)
+        scale = _half(_u16(p))
+        both = _factors(scale, -_half(_u16(p + 2)), 4)
+        return words, words, both, both
+    elif TYPE == "Q5_0":
+        words = _load4_unaligned(p + 6)
+        scale = _half(_u16(p))
+        both = _factors(scale, scale * 16, 5)
+        return words, _spread_fifths(p + 2), both, both
+    else:
+        tl.static_assert(TYPE == "Q5_1", "no kernel reads this type")
+        words = _load4_unaligned(p + 8)
+        scale = _half(_u16(p))
+        both = _factors(scale, -_half(_u16(p + 2)), 5)
+        return words, _spread_fifths(p + 4), both, both
+
+
+@triton.jit
+def _spread_fifths(qh):
+    """32 fifth bits, in order of the columns, where those of Q5_K lie: bit 8 k of word i is that of
+    low column 4 i + k, bit 8 k + 1 that of the high one."""
+    bits = _u16(qh) | (_u16(qh + 2) << 16)
+    return _spread(bits), _spread(bits >> 4), _spread(bits >> 8), _spread(bits >> 12)
+
+
+@triton.jit
+def _spread(bits):
+    low = bits & 15
+    high = (bits >> 16) & 15
+    # The multiplications put copies 7 bits apart: bit k arrives at 8 k.
+    return ((low * 0x00204081) & 0x01010101) | (((high * 0x00204081) & 0x01010101) << 1)
+
+
+# ---- quads ----
+
+
+@triton.jit
+def quad_col(chunk, TYPE: tl.constexpr, I: tl.constexpr, HIGH: tl.constexpr):  # noqa: E741
+    """The first column of quad I of the chunk's half."""
+    if TYPE == "Q4_K" or TYPE == "Q5_K":
+        return chunk // 2 * 64 + chunk % 2 * 16 + (32 * HIGH + 4 * I)
+    elif TYPE == "Q6_K":
+        return chunk // 4 * 128 + chunk % 4 * 16 + (64 * HIGH + 4 * I)
+    else:
+        return chunk * chunk_cols(TYPE) + (16 * HIGH + 4 * I)
+
+
+@triton.jit
+def quad(words, more, TYPE: tl.constexpr, I: tl.constexpr, HIGH: tl.constexpr):  # noqa: E741
+    """Units of quad I of a half, float32 [R, C, 4]."""
+    if TYPE == "F32":
+        return _join4(words[0], words[1], words[2], words[3]).to(tl.float32, bitcast=True)
+    elif TYPE == "F16":
+        return _halves(words[2 * I], words[2 * I + 1]).to(tl.float16, bitcast=True).to(tl.float32)
+    elif TYPE == "BF16":
+        return _halves(words[2 * I], words[2 * I + 1]).to(tl.bfloat16, bitcast=True).to(tl.float32)
+    else:
+        shift = (tl.arange(0, 4) * 8).to(tl.uint32)[None, None, :]
+        byte = words[I][:, :, None] >> shift
+        if TYPE == "Q8_0":
+            return _unit((byte & 255) ^ 128, 8) - 1.5
+        code = (byte >> (4 * HIGH)) & 15
+        if TYPE == "Q4_K" or TYPE == "Q4_0" or TYPE == "Q4_1":
+            return _unit(code, 4)
+        elif TYPE == "Q5_K" or TYPE == "Q5_0" or TYPE == "Q5_1":
+            fifth = (more[I][:, :, None] >> (shift + HIGH)) & 1
+            return _unit(code | (fifth << 4), 5)
+        elif TYPE == "Q6_K":
+            upper = (more[I][:, :, None] >> (shift + 4 * HIGH)) & 3
+            return _unit(code | (upper << 4), 6) - 1.5
+        elif TYPE == "MXFP4":
+            return _unit(_look_up(code, 0x83828180, 0x8C888684, 0x7D7E7F80, 0x74787A7C), 8) - 1.5
+        else:
+            return _unit(_look_up(code, 0x3F2D1801, 0x766A5D4F, 0xA6998D81, 0xF1D9C5B5), 8) - 1.5
+
+
+@triton.jit
+def _unit(code, BITS: tl.constexpr):
+    """1 + code / 2^BITS. The grid is one program deep; that the compiler cannot know it keeps the
+    1.0 in a register, and "and" with "or" become one instruction (two constants do not fit)."""
+    one = (0x3F7FFFFF + tl.num_programs(2)).to(tl.uint32)
+    return ((code << (23 - BITS)) | one).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def _look_up(code, W0: tl.constexpr, W1: tl.constexpr, W2: tl.constexpr, W3: tl.constexpr):
-    """Byte `code` of four little-endian words."""
-    upper = tl.where((code & 4) != 0, W3, W2)
-    lower = tl.where((code & 4) != 0, W1, W0)
-    return (tl.where((code & 8) != 0, upper, lower) >> ((code & 3) * 8)) & 255
+    """Byte `code` of four little-endian words: 128 + the value."""
+    words = tl.where(
+        (code & 8) != 0,
+        tl.where((code & 4) != 0, W3, W2),
+        tl.where((code & 4) != 0, W1, W0),
+    ).to(tl.uint32)
+    return (words >> ((code & 3) * 8)) & 255
 
 
 @triton.jit
-def _iq4(code):
-    """128 + the value of a code of IQ4_NL and IQ4_XS."""
-    return _look_up(code, 0x3F2D1801, 0x766A5D4F, 0xA6998D81 - (1 << 32), 0xF1D9C5B5 - (1 << 32))
+def _join4(x0, x1, x2, x3):
+    """Four [R, C] as [R, C, 4]; no data moves."""
+    joined = tl.join(tl.join(x0, x2), tl.join(x1, x3))
+    return joined.reshape(x0.shape[0], x0.shape[1], 4)
 
 
 @triton.jit
-def _mxfp4(code):
-    """128 + twice the value of an E2M1 code."""
-    return _look_up(code, 0x83828180 - (1 << 32), 0x8C888684 - (1 << 32), 0x7D7E7F80, 0x74787A7C)
-
-
-@triton.jit
-def _k_scales(p, J: tl.constexpr):
-    """Scale and minimum of sub-block J of Q4_K and Q5_K: 6 bits each, in 12 bytes."""
-    SHIFT: tl.constexpr = 8 * (J % 4)
-    high = _u32(p + 12) >> SHIFT
-    if J < 4:
-        scale = (_u32(p + 4) >> SHIFT) & 63
-        minimum = (_u32(p + 8) >> SHIFT) & 63
-    else:
-        scale = (high & 15) | (((_u32(p + 4) >> (SHIFT + 6)) & 3) << 4)
-        minimum = ((high >> 4) & 15) | (((_u32(p + 8) >> (SHIFT + 6)) & 3) << 4)
-    both = _u32(p)
-    return _half(both) * scale.to(tl.float32), _half(both >> 16) * minimum.to(tl.float32)
-
-
-@triton.jit
-def _k_nibbles(qs, lane, J: tl.constexpr):
-    return (_byte(qs + (J // 2) * 32 + lane) >> (4 * (J % 2))) & 15
-
-
-@triton.jit
-def _q4_k(p, lane, J: tl.constexpr):
-    scale, minimum = _k_scales(p, J)
-    return _value(_k_nibbles(p + 16, lane, J), scale, minimum, 4)
-
-
-@triton.jit
-def _q5_k(p, lane, J: tl.constexpr):
-    scale, minimum = _k_scales(p, J)
-    fifth = (_byte(p + 16 + lane) >> J) & 1
-    return _value(_k_nibbles(p + 48, lane, J) | (fifth << 4), scale, minimum, 5)
-
-
-@triton.jit
-def _q6_k(p, lane, J: tl.constexpr):
-    HALF: tl.constexpr = J // 4
-    QUARTER: tl.constexpr = J % 4
-    low = _byte(p + 64 * HALF + 32 * (QUARTER % 2) + lane) >> (4 * (QUARTER // 2))
-    high = _byte(p + 128 + 32 * HALF + lane) >> (2 * QUARTER)
-    scales = _u16(p + 192 + 2 * J)  # two signed bytes, of 16 columns each
-    signed = tl.where(lane < 16, scales << 24, scales << 16) >> 24
-    scale = _half(_u16(p + 208)) * signed.to(tl.float32)
-    return _value((low & 15) | ((high & 3) << 4), scale, scale * 32, 6)
-
-
-@triton.jit
-def _iq4_xs(p, lane, J: tl.constexpr):
-    low = (_u32(p + 4) >> (4 * J)) & 15
-    high = (_u32(p) >> (16 + 2 * J)) & 3
-    scale = _half(_u32(p)) * ((low | (high << 4)) - 32).to(tl.float32)
-    code = (_byte(p + 8 + 16 * J + lane % 16) >> (4 * (lane // 16))) & 15
-    return _value(_iq4(code), scale, scale * 128, 8)
-
-
-@triton.jit
-def _nibble(qs, lane):
-    """The code of a block of 32: 16 low nibbles, then 16 high ones."""
-    return (_byte(qs + lane % 16) >> (4 * (lane // 16))) & 15
-
-
-@triton.jit
-def _fifth(qh, lane):
-    return ((_u16(qh) | (_u16(qh + 2) << 16)) >> lane) & 1
-
-
-@triton.jit
-def _block_of_32(p, lane, TYPE: tl.constexpr):
-    if TYPE == "MXFP4":
-        e = _byte(p)
-        bits = tl.where(e < 2, 0x00200000 << (e & 1), (e - 1) << 23)
-        scale = bits.to(tl.float32, bitcast=True)
-        return _value(_mxfp4(_nibble(p + 1, lane)), scale, scale * 128, 8)
-    scale = _half(_u16(p))
-    if TYPE == "Q8_0":
-        return _value(_byte(p + 2 + lane) ^ 128, scale, scale * 128, 8)
-    elif TYPE == "Q4_0":
-        return _value(_nibble(p + 2, lane), scale, scale * 8, 4)
-    elif TYPE == "Q4_1":
-        return _value(_nibble(p + 4, lane), scale, -_half(_u16(p + 2)), 4)
-    elif TYPE == "Q5_0":
-        code = _nibble(p + 6, lane) | (_fifth(p + 2, lane) << 4)
-        return _value(code, scale, scale * 16, 5)
-    elif TYPE == "Q5_1":
-        code = _nibble(p + 8, lane) | (_fifth(p + 4, lane) << 4)
-        return _value(code, scale, -_half(_u16(p + 2)), 5)
-    else:
-        tl.static_assert(TYPE == "IQ4_NL", "no kernel reads this type")
-        return _value(_iq4(_nibble(p + 2, lane)), scale, scale * 128, 8)
-
-
-@triton.jit
-def _floats(p, lane, TYPE: tl.constexpr):
-    if TYPE == "F32":
-        return tl.load(p.to(tl.pointer_type(tl.float32)) + lane)
-    elif TYPE == "F16":
-        return tl.load(p.to(tl.pointer_type(tl.float16)) + lane).to(tl.float32)
-    else:
-        return tl.load(p.to(tl.pointer_type(tl.bfloat16)) + lane).to(tl.float32)
-
-
-@triton.jit
-def sub_block_bytes(TYPE: tl.constexpr):
-    """Bytes of 32 columns of a type whose blocks are no larger than that, else 0."""
-    if TYPE == "F32":
-        return 128
-    elif TYPE == "F16" or TYPE == "BF16":
-        return 64
-    elif TYPE == "Q8_0":
-        return 34
-    elif TYPE == "Q4_0" or TYPE == "IQ4_NL":
-        return 18
-    elif TYPE == "Q4_1":
-        return 20
-    elif TYPE == "Q5_0":
-        return 22
-    elif TYPE == "Q5_1":
-        return 24
-    elif TYPE == "MXFP4":
-        return 17
-    else:
-        return 0
-
-
-@triton.jit
-def block_bytes(TYPE: tl.constexpr):
-    """Bytes of 256 columns."""
-    if TYPE == "Q4_K":
-        return 144
-    elif TYPE == "Q5_K":
-        return 176
-    elif TYPE == "Q6_K":
-        return 210
-    elif TYPE == "IQ4_XS":
-        return 136
-    else:
-        return 8 * sub_block_bytes(TYPE)
-
-
-@triton.jit
-def sub_block(row, block, lane, TYPE: tl.constexpr, J: tl.constexpr, SUBS: tl.constexpr):
-    """Values of 32 columns as float32: sub-block J of each 256-column `block` of `row`.
-
-    `row` are byte pointers [..., 1], `block` the blocks' indices [..., 1] and `lane` 0..31 along
-    the last dimension; they are broadcast. `SUBS` is the number of sub-blocks of a row: one beyond
-    it reads the last one instead, so that nothing is read outside the row.
-    """
-    if TYPE == "Q4_K":
-        return _q4_k(row + tl.minimum(block, SUBS // 8 - 1) * 144, lane, J)
-    elif TYPE == "Q5_K":
-        return _q5_k(row + tl.minimum(block, SUBS // 8 - 1) * 176, lane, J)
-    elif TYPE == "Q6_K":
-        return _q6_k(row + tl.minimum(block, SUBS // 8 - 1) * 210, lane, J)
-    elif TYPE == "IQ4_XS":
-        return _iq4_xs(row + tl.minimum(block, SUBS // 8 - 1) * 136, lane, J)
-    else:
-        p = row + tl.minimum(block * 8 + J, SUBS - 1) * sub_block_bytes(TYPE)
-        if TYPE == "F32" or TYPE == "F16" or TYPE == "BF16":
-            return _floats(p, lane, TYPE)
-        else:
-            return _block_of_32(p, lane, TYPE)
+def _halves(first, second):
+    """The 16-bit halves of two words, low ones first: uint16 [R, C, 4]."""
+    return _join4(first, first >> 16, second, second >> 16).to(tl.uint16)

@@ -2,6 +2,10 @@
 
 Owns: the product of rows with activations, and its launch for up to four matrices of one input.
 Does not know: layers, norms, experts' addresses.
+
+A program's lanes lie along the columns, a chunk of 16 bytes each, so that a warp reads 512
+neighbouring bytes; every lane holds its chunk of several rows, which share the activations. All
+tensors of the inner loop have one layout: nothing goes through shared memory but the last sum.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,misc,no-any-return"
@@ -14,7 +18,17 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from fomoe.kernels.gpu.blocks import block_bytes, sub_block
+from fomoe.kernels.gpu.blocks import (
+    chunk_cols,
+    is_float,
+    load_chunk,
+    num_halves,
+    num_quads,
+    quad,
+    quad_col,
+    row_bytes,
+)
+from fomoe.kernels.gpu.launch import OPTIONS, arch_of, row_shape
 from fomoe.kernels.gpu.weights import GpuWeight
 
 MAX_TOKENS = 8
@@ -24,35 +38,45 @@ MAX_MATRICES = 4
 @triton.jit
 def dot_rows(
     x, x_stride, tokens, weights, rows,
-    TYPE: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
-    TOKENS: tl.constexpr,
+    TYPE: tl.constexpr, COLS: tl.constexpr, LANES: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """float32 [TOKENS, ROWS]: x [tokens, COLS] times the given rows of a matrix.
+    """float32 [TOKENS, R]: x [tokens, COLS] times rows [R] of a matrix.
 
-    `weights` points to uint8, 16-byte aligned; `rows` int64 [ROWS] must exist. Steps through the
-    columns by BLOCKS of 256.
+    `weights` points to uint8, 16-byte aligned; `rows` are int64 and must exist. Rows of x lie
+    `x_stride` floats apart, a multiple of four.
     """
-    NUM_BLOCKS: tl.constexpr = (COLS + 255) // 256
-    ROW_BYTES: tl.constexpr = COLS // 32 * block_bytes(TYPE) // 8
-    lane = tl.arange(0, 32)
-    token = tl.arange(0, TOKENS)[:, None, None]
-    row = (weights + rows * ROW_BYTES)[:, None, None]
-    acc = tl.zeros([TOKENS, ROWS, BLOCKS, 32], tl.float32)
-    for first in range(0, NUM_BLOCKS, BLOCKS):
-        block = first + tl.arange(0, BLOCKS)
-        for j in tl.static_range(8):
-            col = block[None, :, None] * 256 + j * 32 + lane[None, None, :]
-            v = tl.load(x + token * x_stride + col, (col < COLS) & (token < tokens), 0.0)
-            w = sub_block(row, block[None, :, None], lane[None, None, :], TYPE, j, COLS // 32)
-            acc += v[:, None, :, :] * w[None, :, :, :]
-    return tl.sum(tl.sum(acc, 3), 2)
+    CHUNKS: tl.constexpr = COLS // chunk_cols(TYPE)
+    row = (weights + rows * row_bytes(TYPE, COLS))[:, None]
+    token = tl.arange(0, TOKENS)[:, None, None, None]
+    k = tl.arange(0, 4)[None, None, None, :]
+    acc = tl.zeros([TOKENS, rows.shape[0], LANES], tl.float32)
+    for first in range(0, CHUNKS, LANES):
+        chunk = first + tl.arange(0, LANES)[None, :]
+        # A lane beyond the row reads its last chunk, times zeros.
+        there = ((chunk < CHUNKS)[:, None, :, None]) & (token < tokens)
+        chunk = tl.minimum(chunk, CHUNKS - 1)
+        words, more, low, high = load_chunk(row, chunk, TYPE)
+        for half in tl.static_range(num_halves(TYPE)):
+            dot = tl.zeros([TOKENS, rows.shape[0], LANES, 4], tl.float32)
+            total = tl.zeros([TOKENS, 1, LANES, 4], tl.float32)
+            for i in tl.static_range(num_quads(TYPE)):
+                col = quad_col(chunk, TYPE, i, half)[:, None, :, None]
+                v = tl.load(x + token * x_stride + col + k, there, 0.0)
+                dot += quad(words, more, TYPE, i, half)[None, :, :, :] * v
+                total += v
+            if is_float(TYPE):
+                acc += tl.sum(dot, 3)
+            else:
+                a, b = high if half else low
+                acc += a[None, :, :] * tl.sum(dot, 3) + b[None, :, :] * tl.sum(total, 3)
+    return tl.sum(acc, 2)
 
 
 @triton.jit
 def matvec_kernel(
     x, x_stride, tokens,
     w0, w1, w2, w3, o0, o1, o2, o3, s0, s1, s2, s3, n0, n1, n2, n3,
-    TYPE: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
+    TYPE: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
     TOKENS: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
     """o[t, r] (+)= w[r] . x[t] for up to four matrices, one after the other in the grid.
@@ -70,7 +94,7 @@ def matvec_kernel(
     begin = tl.where(first < p0, 0, tl.where(first < p1, p0, tl.where(first < p2, p1, p2)))
     row = first - begin + tl.arange(0, ROWS)
     rows = tl.minimum(row, n - 1).to(tl.int64)
-    y = dot_rows(x, x_stride, tokens, w, rows, TYPE, COLS, ROWS, BLOCKS, TOKENS)
+    y = dot_rows(x, x_stride, tokens, w, rows, TYPE, COLS, LANES, TOKENS)
     token = tl.arange(0, TOKENS)[:, None]
     out = o + token * s + row[None, :]
     mask = (token < tokens) & (row < n)[None, :]
@@ -100,14 +124,14 @@ def _launch(x: Any, group: Sequence[tuple[GpuWeight, Any]], add: bool) -> None:
     assert x.stride(1) == 1
     assert all(w.cols == cols and o.shape == (tokens, w.rows) for w, o in group)
     assert all(o.stride(1) == 1 for _, o in group)
-    blocks = min(16, triton.next_power_of_2(-(-cols // 256)))
-    block_rows = max(4, 64 // blocks)
+    type_name = group[0][0].type.name
+    shape = row_shape(type_name, cols, arch_of(str(x.device)))
     padded = [*group, *[group[0]] * (MAX_MATRICES - len(group))]
     rows = [w.rows for w, _ in group] + [0] * (MAX_MATRICES - len(group))
-    matvec_kernel[(sum(-(-n // block_rows) for n in rows),)](
+    matvec_kernel[(sum(-(-n // shape.rows) for n in rows),)](
         x, x.stride(0), tokens,
         *(w.data for w, _ in padded), *(o for _, o in padded), *(o.stride(0) for _, o in padded),
         *rows,
-        TYPE=group[0][0].type.name, COLS=cols, ROWS=block_rows, BLOCKS=blocks,
-        TOKENS=triton.next_power_of_2(tokens), ADD=add, num_warps=4,
+        TYPE=type_name, COLS=cols, ROWS=shape.rows, LANES=shape.lanes,
+        TOKENS=triton.next_power_of_2(tokens), ADD=add, num_warps=shape.warps, **OPTIONS,
     )  # fmt: skip
