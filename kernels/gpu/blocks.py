@@ -102,7 +102,7 @@ def _funnel(low, high, shift):
 
 @triton.jit
 def _load4_unaligned(p):
-    """Four words at p [R, C] of any alignment: five aligned ones, none beyond those that p's touch."""
+    """Four words at p [R, C] of any alignment, from five aligned ones: those that they lie in."""
     address = p.to(tl.int64, bitcast=True)
     words = (address & -4).to(tl.pointer_type(tl.uint32), bitcast=True)
     last = ((address + 15) & -4).to(tl.pointer_type(tl.uint32), bitcast=True)
