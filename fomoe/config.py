@@ -6,6 +6,7 @@ Owns: names, defaults and the checks that need no file. Does not know: the model
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -66,6 +67,9 @@ class EngineOptions:
     car_audit: share of generated tokens that are computed exactly as well, to meter CAR's cost.
     backfill: read what stand-ins displaced while the drive is idle.
     deterministic: with CAR, the same text on any drive: residents change between tokens only.
+    device: where layers are computed: "cpu", "cuda:0", "hip:0"; several take turns (cuda:0,cuda:1)
+    vram: bytes of each device's memory that may be used; empty plans from what is free there.
+    cpu_moe, n_cpu_moe: the processor computes the experts of all layers, or of the first n.
     trace: a file that reads, stalls and compute are recorded to (see fomoe.trace).
     cache_dir: where the measured speed of drives is kept; None measures anew.
     """
@@ -89,6 +93,10 @@ class EngineOptions:
     car_audit: float = 0.0
     backfill: bool = True
     deterministic: bool = False
+    device: str = "cpu"
+    vram: tuple[int, ...] = ()
+    cpu_moe: bool = False
+    n_cpu_moe: int = 0
     trace: Path | None = None
     cache_dir: Path | None = None
 
@@ -102,6 +110,7 @@ class EngineOptions:
             raise RequestError(f"dram must be a positive number of bytes, not {self.dram}")
         if not 0.0 < self.cache_share <= 1.0:
             raise RequestError(f"cache_share is a share between 0 and 1, not {self.cache_share}")
+        self._check_devices()
         if not 0.0 <= self.car_audit <= 1.0:
             raise RequestError(f"car_audit is a share between 0 and 1, not {self.car_audit}")
         for name, allowed in (
@@ -114,3 +123,24 @@ class EngineOptions:
                 raise RequestError(
                     f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}"
                 )
+
+    def _check_devices(self) -> None:
+        count = len(self.device.split(","))
+        if len(self.vram) not in (0, 1, count):
+            raise RequestError(
+                f"vram has {len(self.vram)} sizes for {count} devices: give one for all or one each"
+            )
+        if any(size < 1 for size in self.vram):
+            raise RequestError("vram must be a positive number of bytes")
+        if self.n_cpu_moe < 0:
+            raise RequestError(f"n_cpu_moe must be 0 or more, not {self.n_cpu_moe}")
+        if self.device == "cpu" and not self.vram and (self.cpu_moe or self.n_cpu_moe):
+            raise RequestError("cpu_moe is for a device beside the processor: name one (--device)")
+
+
+def parse_sizes(sizes: str | int | Sequence[str | int]) -> tuple[int, ...]:
+    """Bytes from "14GiB", or from several sizes: "14GiB,10GiB", or a sequence."""
+    if isinstance(sizes, int):
+        return (sizes,)
+    parts = sizes.split(",") if isinstance(sizes, str) else sizes
+    return tuple(parse_size(part) for part in parts)

@@ -20,7 +20,8 @@ import numpy as np
 import numpy.typing as npt
 
 from fomoe import host
-from fomoe.config import EngineOptions, parse_size
+from fomoe.config import EngineOptions, parse_size, parse_sizes
+from fomoe.device_forward import DeviceForward
 from fomoe.errors import ClosedError, FomoeError, RequestError
 from fomoe.forward import ExpertLostError, Forward, StepCancelledError
 from fomoe.loading import Loaded, load
@@ -55,16 +56,7 @@ class Engine:
     def __init__(self, loaded: Loaded, options: EngineOptions, load_seconds: float) -> None:
         self._loaded = loaded
         self._options = options
-        self._forward = Forward(
-            loaded.model,
-            loaded.store,
-            loaded.residency,
-            loaded.embedding,
-            loaded.states.caches,
-            # What was read ahead in time would decide who stays.
-            read_ahead=not (loaded.plan.all_resident or options.deterministic),
-            tracer=loaded.tracer,
-        )
+        self._forward = _forward(loaded, options)
         self._scheduler = Scheduler(options.ubatch)
         self._stats = Stats(load_seconds=load_seconds, load_gb_per_second=loaded.load_gb_per_second)
         self._work = asyncio.Event()
@@ -78,6 +70,7 @@ class Engine:
         path: str | Path,
         *,
         dram: str | int | None = None,
+        vram: str | int | AnySequence[str | int] = (),
         on_plan: Callable[[MemoryPlan], None] | None = None,
         progress: Callable[[int, int], None] | None = None,
         **options: Any,
@@ -86,13 +79,16 @@ class Engine:
         with`.
 
         dram: what the process may use in all, as bytes or text ("16GiB"); None plans from what is
-        free. on_plan(plan) is called with the memory plan before anything is loaded, progress(done,
-        total) with bytes while dense weights are read. Other options: the fields of EngineOptions.
+        free. vram: the same of every device, or one for each ("14GiB,10GiB"). on_plan(plan) is
+        called with the memory plan before anything is loaded, progress(done, total) with bytes
+        while dense weights are read. Other options: the fields of EngineOptions.
         Raises FomoeError: FormatError, UnsupportedError, BudgetError, ReadError or RequestError.
         """
         options.setdefault("cache_dir", host.cache_dir())
         try:
-            chosen = EngineOptions(dram=None if dram is None else parse_size(dram), **options)
+            chosen = EngineOptions(
+                dram=None if dram is None else parse_size(dram), vram=parse_sizes(vram), **options
+            )
         except TypeError as error:
             raise RequestError(f"unknown engine option: {error}") from error
         return Opening(Path(path), chosen, on_plan, progress)
@@ -382,6 +378,22 @@ class Engine:
         assert sequence.state is not None
         sequence.state.clear()
         sequence.rewind()
+
+
+def _forward(loaded: Loaded, options: EngineOptions) -> Forward:
+    parts = (
+        loaded.model,
+        loaded.store,
+        loaded.residency,
+        loaded.embedding,
+        loaded.states.caches,
+    )
+    if loaded.places:
+        # What was copied ahead in time would decide who stays.
+        ahead = not options.deterministic
+        return DeviceForward(*parts, places=loaded.places, read_ahead=ahead, tracer=loaded.tracer)
+    ahead = not (loaded.plan.all_resident or options.deterministic)
+    return Forward(*parts, read_ahead=ahead, tracer=loaded.tracer)
 
 
 class Opening:

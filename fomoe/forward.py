@@ -14,7 +14,6 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
@@ -23,7 +22,7 @@ import numpy.typing as npt
 from fomoe.errors import ReadError
 from fomoe.experts.step import ExpertStep
 from fomoe.experts.store import ExpertStore
-from fomoe.kernels.ops import KvCache, MoeCall, Resident, Routing, Segment
+from fomoe.kernels.ops import KvCache, Routing, Segment
 from fomoe.memory import finish
 from fomoe.models import HEAD_ROWS, Layer, Model
 from fomoe.residency import Residency
@@ -36,11 +35,9 @@ Logits = npt.NDArray[np.float32] | None  # [n, vocab], or not wanted
 
 # Steps of up to this many tokens compute on the event loop's thread: a layer takes a few
 # milliseconds at most, less than two thread switches would add to every one of its calls.
-_INLINE_TOKENS = 8
+INLINE_TOKENS = 8
 # The loop runs at least this often between layers, so that requests are heard and can be cancelled.
 _YIELD_NS = 2_000_000
-# As often as this where no read can land: a turn of the loop costs 60 us in the midst of a token.
-_IDLE_YIELD_NS = 20_000_000
 # (layer, when, experts) that were predicted last
 _NOTHING_PREDICTED: tuple[int, int, list[int]] = (-1, 0, [])
 
@@ -56,20 +53,6 @@ class ExpertLostError(Exception):
         super().__init__(str(error))
         self.error = error
         self.chunks = chunks
-
-
-@dataclass(slots=True)
-class _Open:
-    """A layer whose experts have begun and not ended. The `last` ones are computed together with
-    what comes after the layer: one call instead of three, and nothing in between that would run in
-    cold caches."""
-
-    index: int
-    call: MoeCall
-    begin_ns: int
-    step: ExpertStep
-    last: Sequence[Resident] = ()
-    part: Part = Part.RESIDENT  # what computing them is
 
 
 class Forward:
@@ -97,7 +80,6 @@ class Forward:
         self._inline = True
         self._yielded_ns = 0
         self._predicted = _NOTHING_PREDICTED
-        self._open: _Open | None = None
         self._stretches: list[Stretch] = []  # of the layer that is being computed, for the tracer
 
     def close(self) -> None:
@@ -112,7 +94,7 @@ class Forward:
         """
         begin = time.perf_counter_ns()
         num_tokens = sum(c.length for c in chunks)
-        self._inline = num_tokens <= _INLINE_TOKENS
+        self._inline = num_tokens <= INLINE_TOKENS
         ids = [t for c in chunks for t in c.sequence.tokens[c.start : c.start + c.length]]
         self._stretches.clear()
         reads_rows = self._embedding.must_read(ids)
@@ -147,15 +129,9 @@ class Forward:
         audit: bool = False,
     ) -> list[Logits]:
         x = await self._compute(Part.EMBED, -1, self._model.embed, rows)
-        try:
-            for layer, cache in zip(self._model.layers, self._caches, strict=True):
-                await self._yield(chunks)
-                await self._layer(layer, cache, x, chunks, segments, audit)
-            await self._finish(x)
-        finally:
-            if self._open is not None:  # the step is given up
-                self._open.step.close()
-                self._open = None
+        for layer, cache in zip(self._model.layers, self._caches, strict=True):
+            await self._yield(chunks)
+            await self._layer(layer, cache, x, chunks, segments, audit)
         return await self._head(chunks, segments, x)
 
     async def _audit(
@@ -183,100 +159,49 @@ class Forward:
         segments: Sequence[Segment],
         audit: bool,
     ) -> None:
+        begin = time.perf_counter_ns()
         index = layer.parameters.index
-        routing, call = await self._begin(layer, x, segments, cache)
-        # Other threads compute the shared expert meanwhile.
+        await self._compute(Part.MIX, index, layer.mix, x, segments, cache)
+        ahead: list[int] = []
+        below = self._model.layers[index + 1] if index + 1 < len(self._model.layers) else None
+        if self._read_ahead and below and not self._inline:
+            ahead = await self._predict(below, x)
+        routing = await self._compute(Part.ROUTE, index, layer.route, x)
+        # At once: other threads compute the shared expert while reads are asked for and Python gets
+        # the others ready.
+        call = await self._compute(Part.SHARED, index, layer.experts, routing)
         if not audit:
             self._residency.routed(index, routing)
-        experts, counts = _distinct(routing)
+        experts, counts = distinct(routing)
         self._note_prediction(index, experts)
         step = self._store.begin(index, experts, counts, passing=audit)
-        begin_ns = layer.ops.marks[2] if self._tracer else 0
-        begun = self._open = _Open(index, call, begin_ns, step)
-        guesses = self._read_ahead and index + 1 < len(self._model.layers)
-        below = self._model.layers[index + 1] if guesses else None
-        ahead = await self._predict(below, x) if below and not self._inline else []
         try:
-            await self._compute_experts(begun, ahead)
-        except ReadError as error:
-            lost = (routing.ids == step.lost).any(axis=1)  # [tokens]
-            needed = [lost[s.start : s.start + s.length].any() for s in segments]
-            concerned = [chunk for chunk, need in zip(chunks, needed, strict=True) if need]
-            raise ExpertLostError(error, concerned) from error
-        if not self._inline:
-            await self._finish(x)
-        elif below and not audit and self._residency.predicts():
-            # Whatever the drive has time for, while the next layer's mixer is computed.
-            await self._finish(x)
-            guess = await self._compute(Part.ROUTE, index + 1, below.ops.guess, x)
-            self._residency.predicted(index + 1, guess)
-
-    async def _begin(
-        self, layer: Layer, x: Any, segments: Sequence[Segment], cache: KvCache | None
-    ) -> tuple[Routing, MoeCall]:
-        """End the layer before; mix, route and begin the experts."""
-        before = self._open
-        last = None if before is None else (before.call, before.last)
-        routing, call = await self._run(layer.ops.begin, x, segments, cache, last)
-        if self._tracer:
-            now, index = time.perf_counter_ns(), layer.parameters.index
-            begun, ran, summed, mixed, routed = layer.ops.marks
-            if before is not None:
-                of, experts = before.index, len(before.last)
-                self._stretches.append((before.part, of, begun, ran, experts))
-                self._stretches.append((Part.FINISH, of, ran, summed, 0))
-                self._ended(summed)
-            self._stretches.append((Part.MIX, index, summed, mixed, 0))
-            self._stretches.append((Part.ROUTE, index, mixed, routed, 0))
-            self._stretches.append((Part.SHARED, index, routed, now, 0))
-        elif before is not None:
-            self._ended(0)
-        return routing, call
-
-    async def _compute_experts(self, begun: _Open, ahead: list[int]) -> None:
-        """The experts of a layer as they land; the last ones of a short step are left for its end.
-        Raises ReadError."""
-        index, call, step = begun.index, begun.call, begun.step
-        self._fetch_ahead(step, index, ahead)
-        while some := await step.landed():
-            part = Part.LANDED if step.fresh else Part.RESIDENT
-            if self._inline and step.complete:
-                begun.last, begun.part = some, part
-                return
-            await self._compute(part, index, call.run, some, experts=len(some))
-            step.computed(some)
             self._fetch_ahead(step, index, ahead)
-
-    async def _finish(self, x: Any) -> None:
-        """End the layer that is open, if one is."""
-        begun = self._open
-        if begun is None:
-            return
-        index, call, last = begun.index, begun.call, begun.last
-        if last:
-            await self._compute(begun.part, index, call.run, last, experts=len(last))
-        await self._compute(Part.FINISH, index, call.finish, x)
-        self._ended(time.perf_counter_ns() if self._tracer else 0)
-
-    def _ended(self, at_ns: int) -> None:
-        """The layer that was open has been computed."""
-        begun = self._open
-        assert begun is not None
-        if begun.last:
-            begun.step.computed(begun.last)
-        begun.step.close()
-        self._open = None
+            while some := await step.landed():
+                part = Part.LANDED if step.fresh else Part.RESIDENT
+                await self._compute(part, index, call.run, some, experts=len(some))
+                step.computed(some)
+                self._fetch_ahead(step, index, ahead)
+            await self._compute(Part.FINISH, index, call.finish, x)
+        except ReadError as error:
+            raise lost_expert(error, step.lost, routing, chunks, segments) from error
+        finally:
+            step.close()
+        if self._read_ahead and below and not audit and self._residency.predicts():
+            # Whatever the drive has time for, while the next layer's mixer is computed.
+            guess = await self._compute(Part.ROUTE, index + 1, below.route, x)
+            self._residency.predicted(index + 1, guess)
         if self._tracer:
-            clock = self._store.clock
-            self._tracer.layer(begun.begin_ns, at_ns, begun.index, clock, self._stretches)
+            end = time.perf_counter_ns()
+            self._tracer.layer(begin, end, index, self._store.clock, self._stretches)
             self._stretches = []
 
     async def _predict(self, layer: Layer, x: Any) -> list[int]:
         """Experts that a layer will probably need, the most wanted first: its own router's word on
         the
         residual stream as it is before the layer below it has added its experts."""
-        routing = await self._compute(Part.ROUTE, layer.parameters.index, layer.ops.guess, x)
-        experts, counts = _distinct(routing)
+        routing = await self._compute(Part.ROUTE, layer.parameters.index, layer.route, x)
+        experts, counts = distinct(routing)
         order = np.argsort(-np.asarray(counts), kind="stable")
         self._predicted = (layer.parameters.index, time.perf_counter_ns(), experts)
         return [experts[i] for i in order]
@@ -305,14 +230,11 @@ class Forward:
         rows = [i for some in wanted for i in some]
         if not rows:
             return [None] * len(chunks)
-        picked = x if len(rows) == len(x) else x[rows]
         if len(rows) <= HEAD_ROWS:
-            logits = await self._compute(Part.HEAD, -1, self._model.head, picked)
+            logits = await self._logits(x, rows)
         else:
-            parts = []
-            for i in range(0, len(rows), HEAD_ROWS):
-                some = picked[i : i + HEAD_ROWS]
-                parts.append(np.array(await self._compute(Part.HEAD, -1, self._model.head, some)))
+            starts = range(0, len(rows), HEAD_ROWS)
+            parts = [np.array(await self._logits(x, rows[i : i + HEAD_ROWS])) for i in starts]
             logits = np.concatenate(parts)
         result: list[Logits] = []
         start = 0
@@ -324,33 +246,43 @@ class Forward:
             result.append(None if not some else own if stays else np.array(own))
         return result
 
+    async def _logits(self, x: Any, rows: list[int]) -> npt.NDArray[np.float32]:
+        """Logits [n, vocab] of at most HEAD_ROWS rows of x, good until the next call."""
+        picked = x if len(rows) == len(x) else x[rows]
+        logits: npt.NDArray[np.float32] = await self._compute(
+            Part.HEAD, -1, self._model.head, picked
+        )
+        return logits
+
     async def _compute(
         self, part: Part, layer: int, call: Callable[..., R], *args: Any, experts: int = 0
     ) -> R:
-        """As _run, and recorded."""
+        """Run compute: short steps here, long ones in the compute thread while the loop serves
+        reads.
+        A cancelled caller waits for the thread: it works on memory that the caller gives back."""
         begin = time.perf_counter_ns()
-        result = await self._run(call, *args)
+        if self._inline:
+            result = call(*args)
+        else:
+            future = asyncio.get_running_loop().run_in_executor(self._thread, call, *args)
+            result = await finish(future)
         if self._tracer:
-            end = time.perf_counter_ns()
-            if layer < 0:
-                self._tracer.event(Kind.COMPUTE, begin, end, -1, -1, self._store.clock, part)
-            else:
-                self._stretches.append((part, layer, begin, end, experts))
+            self._note(part, layer, begin, experts)
         return result
 
-    async def _run(self, call: Callable[..., R], *args: Any) -> R:
-        """Run compute: short steps here, long ones in the compute thread while the loop serves
-        reads. A cancelled caller waits for the thread: it works on memory that the caller gives
-        back."""
-        if self._inline:
-            return call(*args)
-        future = asyncio.get_running_loop().run_in_executor(self._thread, call, *args)
-        return await finish(future)
+    def _note(self, part: Part, layer: int, begin: int, experts: int = 0) -> None:
+        """A stretch of computing (or of waiting for a device that computes) ends now."""
+        if self._tracer is None:
+            return
+        end = time.perf_counter_ns()
+        if layer < 0:
+            self._tracer.event(Kind.COMPUTE, begin, end, -1, -1, self._store.clock, part)
+        else:
+            self._stretches.append((part, layer, begin, end, experts))
 
     async def _yield(self, chunks: Sequence[Chunk]) -> None:
         now = time.perf_counter_ns()
-        since = now - self._yielded_ns
-        if since > _IDLE_YIELD_NS or (since > _YIELD_NS and not self._store.drive_idle):
+        if now - self._yielded_ns > _YIELD_NS:
             await asyncio.sleep(0)
             self._yielded_ns = now
         for chunk in chunks:
@@ -377,7 +309,20 @@ def _segments(chunks: Sequence[Chunk]) -> list[Segment]:
     return segments
 
 
-def _distinct(routing: Routing) -> tuple[list[int], list[int]]:
+def lost_expert(
+    error: ReadError,
+    expert: int,
+    routing: Routing,
+    chunks: Sequence[Chunk],
+    segments: Sequence[Segment],
+) -> ExpertLostError:
+    """The error of a step that an expert is missing from, with the chunks that picked it."""
+    lost = (routing.ids == expert).any(axis=1)  # [tokens]
+    needed = [lost[s.start : s.start + s.length].any() for s in segments]
+    return ExpertLostError(error, [c for c, need in zip(chunks, needed, strict=True) if need])
+
+
+def distinct(routing: Routing) -> tuple[list[int], list[int]]:
     """The experts that a step needs, ascending when there are several tokens, and their tokens."""
     if len(routing.ids) == 1:
         experts: list[int] = routing.ids[0].tolist()

@@ -9,9 +9,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,15 @@ from fomoe.config import EngineOptions, format_size
 from fomoe.errors import FormatError, RequestError
 from fomoe.experts.cache import ExpertCache, make_policy
 from fomoe.experts.car import CacheAwareRouter
+from fomoe.experts.device_tier import DeviceTier
 from fomoe.experts.layout import REGION_ALIGNMENT, ExpertLayout
 from fomoe.experts.predict import Prefetcher
 from fomoe.experts.profile import parse, seed_order, serialise, write_atomically
 from fomoe.experts.routes import RouteShape, RouteWriter
 from fomoe.experts.slots import SlotPool
 from fomoe.experts.store import ExpertStore
+from fomoe.experts.tiered import TieredStore
+from fomoe.fleet import open_fleet
 from fomoe.gguf import GgufFile
 from fomoe.io.arena import Arena
 from fomoe.io.open import open_reader
@@ -38,9 +41,10 @@ from fomoe.io.reader import Reader
 from fomoe.kernels.cpu import CpuOps
 from fomoe.memory import Background, prepare
 from fomoe.models import HyperParameters, Model
+from fomoe.places import Place
 from fomoe.plan import LayerNeed, MemoryPlan, make_plan
 from fomoe.residency import Residency
-from fomoe.state import StatePool, kv_bytes, recurrent_bytes
+from fomoe.state import StatePool, in_arena, kv_bytes, recurrent_bytes
 from fomoe.tokenizer import Tokenizer
 from fomoe.trace import Tracer
 from fomoe.weights import DenseWeights, EmbeddingRows, embedding_row_room, region_bytes
@@ -72,6 +76,7 @@ class Loaded:
     embedding: EmbeddingRows
     tracer: Tracer | None
     drive: Drive | None
+    places: Sequence[Place]  # of each layer; empty where the processor computes by itself
     load_gb_per_second: float
     exits: AsyncExitStack
 
@@ -120,9 +125,16 @@ async def load(
         )
         exits.push_async_callback(reader.close)
         layouts = _layouts(gguf, hp, reader.alignment)
-        workspace = models.buffer_bytes(hp, options.ubatch)
-        workspace += CpuOps.workspace_bytes(threads, options.ubatch, **shapes)
-        plan = _plan(gguf, hp, options, layouts, workspace)
+        fleet = open_fleet(options, gguf, hp, layouts, shapes, exits)
+        if fleet:
+            held = fleet.host_bytes(reader.alignment)
+        else:
+            held = _held(
+                gguf, hp, options, CpuOps.workspace_bytes(threads, options.ubatch, **shapes)
+            )
+        plan = _plan(gguf, hp, options, layouts, held)
+        if fleet:
+            plan = replace(plan, devices=tuple(fleet.plans))
         if on_plan:
             on_plan(plan)
         tracer = None
@@ -137,13 +149,17 @@ async def load(
         # Closing is idempotent; memory goes after the reader says that nothing is in flight.
         exits.callback(arena.close)
         exits.push_async_callback(reader.close)
-        weights = DenseWeights(gguf, hp.dense_tensors, arena, reader.alignment)
-        rate = await weights.load(reader, progress)
-        ops = CpuOps(threads, options.ubatch, options.cpu_isa)
-        exits.callback(ops.close)
-        ops.reserve(**shapes)
-        model = models.build(hp, ops, weights, max_tokens=options.ubatch)
-        tied = weights.tensor(hp.embedding) if hp.tied_head else None
+        tied = None
+        if fleet:
+            model, rate = await fleet.load(arena, reader, progress, exits)
+        else:
+            weights = DenseWeights(gguf, hp.dense_tensors, arena, reader.alignment)
+            rate = await weights.load(reader, progress)
+            ops = CpuOps(threads, options.ubatch, options.cpu_isa)
+            exits.callback(ops.close)
+            ops.reserve(**shapes)
+            model = models.build(hp, ops, weights, max_tokens=options.ubatch)
+            tied = weights.tensor(hp.embedding) if hp.tied_head else None
         table = gguf.tensors[hp.embedding]
         embedding = EmbeddingRows(table, options.ubatch, arena, reader, tied)
         states = StatePool(
@@ -151,15 +167,18 @@ async def load(
             context=options.context,
             parallel=options.parallel,
             cache_type=options.cache_type,
-            arena=arena,
+            array=fleet.array if fleet else in_arena(arena),
         )
         pools = _pools(plan, arena)
-        store = _store(hp, options, layouts, pools, plan, reader, tracer)
+        tiers = fleet.tiers() if fleet else None
+        store = _store(hp, options, layouts, pools, plan, reader, tracer, tiers)
+        places = await fleet.places(tiers) if fleet and tiers else ()
         residency = _residency(gguf, hp, options, layouts, store, drive, tracer, exits)
         background = Background()
         exits.push_async_callback(background.close)
         for pool in dict.fromkeys(pools):
-            background.start(prepare(arena, reader, pool.base, pool.nbytes))
+            ready = fleet.prepare if fleet else prepare
+            background.start(ready(arena, reader, pool.base, pool.nbytes))
         if residency.uses is not None:
             seeding = store.seed(seed_order(residency.uses, list(plan.quota)))
             if options.deterministic:
@@ -181,6 +200,7 @@ async def load(
             embedding=embedding,
             tracer=tracer,
             drive=drive,
+            places=places,
             load_gb_per_second=rate,
             exits=exits.pop_all(),
         )
@@ -230,26 +250,34 @@ def _shapes(gguf: GgufFile, hp: HyperParameters) -> dict[str, Any]:
     }
 
 
+def _held(
+    gguf: GgufFile, hp: HyperParameters, options: EngineOptions, workspace: int
+) -> list[tuple[str, int]]:
+    """What the processor needs in memory to compute by itself, the workspace last."""
+    dense = sum(region_bytes(gguf.tensors[name], REGION_ALIGNMENT) for name in hp.dense_tensors)
+    states = options.parallel + (options.car_audit > 0)
+    return [
+        ("dense weights", dense + _HUGE_PAGE),
+        ("KV cache", kv_bytes(hp.layers, options.context, options.cache_type)),
+        ("recurrent state", recurrent_bytes(hp.layers) * states),
+        ("workspace", models.buffer_bytes(hp, options.ubatch) + workspace),
+    ]
+
+
 def _plan(
     gguf: GgufFile,
     hp: HyperParameters,
     options: EngineOptions,
     layouts: list[ExpertLayout],
-    workspace: int,
+    held: list[tuple[str, int]],
 ) -> MemoryPlan:
-    dense = sum(region_bytes(gguf.tensors[name], REGION_ALIGNMENT) for name in hp.dense_tensors)
+    """`held`: what is kept in memory beside the process and the experts, (name, bytes)."""
     process = host.resident_bytes() + _ALLOWANCE
     if options.deterministic:
         # What is resident must not depend on a megabyte that the process happens to take.
         process = -(-process // _PROCESS_GRAIN) * _PROCESS_GRAIN
     rows = embedding_row_room(gguf.tensors[hp.embedding]) * options.ubatch
-    fixed = [
-        ("process", process),
-        ("dense weights", dense + _HUGE_PAGE),
-        ("KV cache", kv_bytes(hp, options.context, options.cache_type)),
-        ("recurrent state", recurrent_bytes(hp) * (options.parallel + (options.car_audit > 0))),
-        ("workspace", workspace + rows),
-    ]
+    fixed = [("process", process), *held[:-1], (held[-1][0], held[-1][1] + rows)]
     needs = [
         LayerNeed(
             slot_bytes=layout.slot_bytes,
@@ -290,22 +318,28 @@ def _store(
     plan: MemoryPlan,
     reader: Reader,
     tracer: Tracer | None,
+    tiers: dict[int, DeviceTier] | None,
 ) -> ExpertStore:
-    caches = [
-        ExpertCache(
-            layer.moe.num_experts, quota, make_policy(options.cache_policy, layer.moe.num_experts)
-        )
-        for layer, quota in zip(hp.layers, plan.quota, strict=True)
+    policies = [
+        tiers[layer.index].policy_below(layer.index)
+        if tiers
+        else make_policy(options.cache_policy, layer.moe.num_experts)
+        for layer in hp.layers
     ]
-    return ExpertStore(
-        layouts=layouts,
-        pools=pools,
-        caches=caches,
-        reader=reader,
-        top_k=max(layer.moe.top_k for layer in hp.layers),
-        ordered=options.deterministic,
-        tracer=tracer,
-    )
+    caches = [
+        ExpertCache(layer.moe.num_experts, quota, policy)
+        for layer, quota, policy in zip(hp.layers, plan.quota, policies, strict=True)
+    ]
+    parts: dict[str, Any] = {
+        "layouts": layouts,
+        "pools": pools,
+        "caches": caches,
+        "reader": reader,
+        "top_k": max(layer.moe.top_k for layer in hp.layers),
+        "ordered": options.deterministic,
+        "tracer": tracer,
+    }
+    return TieredStore(tiers, **parts) if tiers else ExpertStore(**parts)
 
 
 def _residency(

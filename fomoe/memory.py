@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from fomoe.io.arena import Arena
 from fomoe.io.reader import Reader
+from fomoe.kernels.device import Device, Event
 
 R = TypeVar("R")
 
@@ -44,12 +45,31 @@ async def finish(future: asyncio.Future[R]) -> R:
     return future.result()
 
 
-async def prepare(arena: Arena, reader: Reader, address: int, nbytes: int) -> None:
-    """Touch and register memory of the arena. Reads may land in it meanwhile."""
+async def reached(device: Device, event: Event) -> None:
+    """Wait until an event of a device has been reached, however often the waiter is cancelled.
+    Raises what went wrong on the device."""
+    future = asyncio.get_running_loop().create_future()
+    device.when(event, lambda: future.set_result(None))
+    await finish(future)
+    failure = device.failure()
+    if failure is not None:
+        raise failure
+
+
+async def prepare(
+    arena: Arena,
+    reader: Reader,
+    address: int,
+    nbytes: int,
+    pin: Callable[[int, int], None] | None = None,
+) -> None:
+    """Touch and register memory of the arena, and `pin` it. Reads may land in it meanwhile."""
     for begin in range(address, address + nbytes, _PIECE):
         length = min(_PIECE, address + nbytes - begin)
         await in_thread(arena.populate, begin, length)
         reader.register_memory(begin, length)
+        if pin:
+            await in_thread(pin, begin, length)
 
 
 class Background:

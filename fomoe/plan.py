@@ -7,9 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from fomoe.config import format_size
 from fomoe.errors import BudgetError
+
+if TYPE_CHECKING:
+    from fomoe.device_plan import DevicePlan
 
 # Part of what is free that is left to the system when the user names no budget.
 _HEADROOM = 0.90
@@ -50,6 +54,7 @@ class MemoryPlan:
     classes: tuple[SlotClass, ...]
     num_experts: int
     streamed_bytes_per_token: int
+    devices: tuple[DevicePlan, ...] = ()
 
     @property
     def fixed_bytes(self) -> int:
@@ -90,7 +95,8 @@ class MemoryPlan:
             ("experts per token", format_size(self.streamed_bytes_per_token),
              "read from disk where not in a slot")
         )  # fmt: skip
-        return [f"  {name:<20}{size:>12}  {text}".rstrip() for name, size, text in rows]
+        own = [f"  {name:<20}{size:>12}  {text}".rstrip() for name, size, text in rows]
+        return own + [line for device in self.devices for line in device.lines()]
 
 
 def make_plan(
@@ -136,7 +142,7 @@ def make_plan(
         room -= sum(size * n for size, n in transit.items())
         quota = [
             min(n, int(layer.num_experts * cache_share))
-            for n, layer in zip(_share_out(room, layers), layers, strict=True)
+            for n, layer in zip(share_out(room, layers), layers, strict=True)
         ]
     return MemoryPlan(
         budget=budget,
@@ -172,9 +178,10 @@ def _transit(
     return result
 
 
-def _share_out(room: int, layers: Sequence[LayerNeed]) -> list[int]:
+def share_out(room: int, layers: Sequence[LayerNeed]) -> list[int]:
     """Slots of each layer: the same share of every layer's experts, then one more in order."""
     everything = sum(layer.slot_bytes * layer.num_experts for layer in layers)
+    room = min(room, everything)
     quota = [layer.num_experts * room // everything for layer in layers]
     left = room - sum(layer.slot_bytes * n for layer, n in zip(layers, quota, strict=True))
     for i, layer in enumerate(layers):

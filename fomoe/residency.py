@@ -102,9 +102,19 @@ class Residency:
             positions = [c.start + i for c in chunks for i in range(c.length)]
             self._recorder.begin(sequences, positions, DECODE if self._decode else PROMPT)
 
+    @property
+    def decoding(self) -> bool:
+        """The step computes generated tokens only."""
+        return self._decode
+
+    @property
+    def substitutes(self) -> bool:
+        """Whether routed() may let stand-ins take the place of picks in this step."""
+        return self._decode and self._substituting
+
     def audit_due(self) -> bool:
         """Whether this step is one of those to be computed exactly as well."""
-        if not (self._decode and self._substituting):
+        if not self.substitutes:
             return False
         self._audit_debt += self._audit_share
         if self._audit_debt < 1.0:
@@ -136,7 +146,7 @@ class Residency:
         prediction = self._predictions.pop(layer, None)
         if prediction:
             self._judge(layer, prediction, set(routing.ids.ravel().tolist()))
-        if not (self._decode and self._substituting):
+        if not self.substitutes:
             return
         available = self._store.available(layer, in_flight=not self._deterministic)
         chosen = self._car.select(layer, routing.logits, routing.ids, routing.weights, available)

@@ -6,15 +6,16 @@ computed.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from fomoe.io.arena import Arena
-from fomoe.kernels.ops import DeltaState, KvCache
-from fomoe.models import HyperParameters
+from fomoe.kernels.ops import A, DeltaState, KvCache
+from fomoe.models import HyperParameters, LayerParameters
 
 PAGE_TOKENS = 64
 
@@ -28,23 +29,29 @@ def num_pages(num_tokens: int) -> int:
     return -(-num_tokens // PAGE_TOKENS)
 
 
-def kv_bytes(hp: HyperParameters, context: int, cache_type: str) -> int:
-    """Bytes of the key and value cache for `context` tokens."""
+def kv_bytes(layers: Iterable[LayerParameters], context: int, cache_type: str) -> int:
+    """Bytes of the key and value caches of these layers for `context` tokens."""
     width = sum(
         2 * layer.attention.kv_heads * layer.attention.head_dim
-        for layer in hp.layers
+        for layer in layers
         if layer.attention
     )
     return num_pages(context) * PAGE_TOKENS * width * _DTYPES[cache_type].itemsize
 
 
-def recurrent_bytes(hp: HyperParameters) -> int:
-    """Bytes of one sequence's recurrent state."""
+def recurrent_bytes(layers: Iterable[LayerParameters]) -> int:
+    """Bytes of one sequence's recurrent state in these layers."""
     return sum(
         4 * ((d.conv_kernel - 1) * d.conv_dim + d.v_heads * d.head_dim * d.head_dim)
-        for d in (layer.delta for layer in hp.layers)
+        for d in (layer.delta for layer in layers)
         if d
     )
+
+
+class LayerArrays(Protocol):
+    """Makes arrays in the memory that a layer computes in."""
+
+    def __call__(self, layer: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> A: ...
 
 
 @dataclass(slots=True, eq=False)
@@ -68,7 +75,13 @@ class StatePool:
     runs out in the middle."""
 
     def __init__(
-        self, hp: HyperParameters, *, context: int, parallel: int, cache_type: str, arena: Arena
+        self,
+        hp: HyperParameters,
+        *,
+        context: int,
+        parallel: int,
+        cache_type: str,
+        array: LayerArrays,
     ) -> None:
         self.caches: list[KvCache | None] = []
         self._free_pages = list(reversed(range(num_pages(context))))
@@ -78,16 +91,16 @@ class StatePool:
                 spec = layer.attention
                 shape = (len(self._free_pages), spec.kv_heads, PAGE_TOKENS, spec.head_dim)
                 dtype = _DTYPES[cache_type]
-                k, v = (_array(arena, shape, dtype) for _ in range(2))
+                k, v = (array(layer.index, shape, dtype) for _ in range(2))
                 self.caches.append(KvCache(k=k, v=v, page_tokens=PAGE_TOKENS))
             else:
                 self.caches.append(None)
             for states in self._free_states:
-                d = layer.delta
+                d, f32 = layer.delta, _DTYPES["f32"]
                 states.append(
                     DeltaState(
-                        conv=_array(arena, (d.conv_kernel - 1, d.conv_dim), np.dtype(np.float32)),
-                        s=_array(arena, (d.v_heads, d.head_dim, d.head_dim), np.dtype(np.float32)),
+                        conv=array(layer.index, (d.conv_kernel - 1, d.conv_dim), f32),
+                        s=array(layer.index, (d.v_heads, d.head_dim, d.head_dim), f32),
                     )
                     if d
                     else None
@@ -109,6 +122,11 @@ class StatePool:
         self._free_states.append(state.delta)
 
 
-def _array(arena: Arena, shape: tuple[int, ...], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
-    nbytes = int(np.prod(shape)) * dtype.itemsize
-    return arena.view(arena.allocate(nbytes, 64), nbytes).view(dtype).reshape(shape)
+def in_arena(arena: Arena) -> LayerArrays:
+    """Arrays of every layer in host memory."""
+
+    def array(layer: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> A:
+        nbytes = int(np.prod(shape)) * dtype.itemsize
+        return arena.view(arena.allocate(nbytes, 64), nbytes).view(dtype).reshape(shape)
+
+    return array

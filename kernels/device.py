@@ -18,12 +18,14 @@ miss makes the device wait for the host.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, Protocol, TypeVar
 
 import numpy.typing as npt
 
-from fomoe.kernels.ops import A, MoeCall, MoeSpec, Ops, Routing, W
+from fomoe.kernels.ops import A, MoeCall, MoeSpec, Ops, Routing, Segment, W
+
+R = TypeVar("R")
 
 # Device memory is given out in multiples of this, and so is every matrix of an expert in a slot:
 # 16-byte loads are legal wherever block sizes allow them.
@@ -61,16 +63,33 @@ class DeviceMoeCall(MoeCall, Protocol):
         """Compute every pick whose expert is in `table`, as the table is when this work's turn
         comes: int64 [experts, 3] in device memory, the addresses of gate, up and down, or zeros."""
 
+    def finish_some(self, x: A) -> None:
+        """As finish, with the picks that run() and run_table() computed: the processor has the
+        others, and its sum is added to x."""
+
 
 class DeviceOps(Ops, Protocol):
     """The operations of a device. Each queues its work on the stream that calls it, and may be
     called from one `Stream.call` at a time."""
+
+    def fixed_part(self, key: Hashable, segments: Sequence[Segment], launch: Callable[[], R]) -> R:
+        """Queue what `launch` queues by calling these operations, and return what it returned: a
+        backend may record it under `key` for steps of the same shape, and play it back. So nothing
+        in it is decided by the host."""
+
+    def route(self, spec: MoeSpec, x: A, norm: A, eps: float, router: W) -> Routing:
+        """As in Ops; ids, weights and logits are the host's mailbox. The arrays are no other call's
+        (but for what fixed_part plays back)."""
 
     def moe(
         self, spec: MoeSpec, routing: Routing, shared: tuple[W, W, W, W | None] | None
     ) -> DeviceMoeCall:
         """As in Ops. Where the host put other arrays into routing.ids and routing.weights, those
         are computed; else the device's own, without waiting for the host."""
+
+    @property
+    def reserve(self) -> Callable[..., None]:
+        """Allocates scratch for shapes, given as CpuOps.reserve has them."""
 
     def close(self) -> None:
         """Let go of threads and arrays; the device is idle."""
@@ -80,9 +99,15 @@ class Device(Protocol):
     """One device: "cuda:0", or "cpu" for threads that stand for one."""
 
     name: str
-    compute: Stream
-    uploads: Stream  # from host memory
     shares_memory: bool  # its kernels can read host memory as fast as their own
+
+    @property
+    def compute(self) -> Stream:
+        """For kernels, and small copies that they wait for."""
+
+    @property
+    def uploads(self) -> Stream:
+        """For copies from host memory, beside the kernels."""
 
     def allocate(self, nbytes: int) -> int:
         """The address of memory of the device, aligned to DEVICE_ALIGNMENT, its own until close.
@@ -98,8 +123,11 @@ class Device(Protocol):
         """Where an array of array() (or a contiguous part of one) starts."""
 
     def pin(self, address: int, nbytes: int) -> None:
-        """Let copies from this host memory run at full speed and without the host. Raises OSError
-        where the system refuses; copies work all the same."""
+        """Let copies from this host memory run at full speed and without the host; any thread may
+        call it. Raises OSError where the system refuses; copies work all the same."""
+
+    def unpin(self) -> None:
+        """Undo every pin(), before the memory is given back. Nothing may be queued."""
 
     def when(self, event: Event, callback: Callable[[], None]) -> None:
         """Call back on the event loop, soon after the event has been reached."""
@@ -107,8 +135,22 @@ class Device(Protocol):
     def failure(self) -> BaseException | None:
         """What went wrong in queued work, for good."""
 
+    def move(self, target: Any, source: Any) -> None:
+        """From inside queued work: copy between an array of array() and one of host_array(), of one
+        shape and type, in order with that work."""
+
+    def assign(self, target: A, source: A) -> None:
+        """From inside queued work: copy between two arrays of array()."""
+
     def memory(self) -> tuple[int, int]:
         """Bytes of the device's memory: free now, in all."""
+
+    def make_ops(self, *, threads: int, max_tokens: int, isa: str) -> DeviceOps:
+        """The device's operations, for steps of up to `max_tokens`; `threads` and `isa` are for a
+        device that is a processor."""
+
+    def workspace_bytes(self, *, threads: int, max_tokens: int, **shapes: Any) -> int:
+        """What those take of the device's memory; `shapes` as CpuOps.workspace_bytes has them."""
 
     def close(self) -> None:
         """Give all memory back. Nothing may be queued."""

@@ -12,16 +12,20 @@ import asyncio
 import ctypes
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from math import prod
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
+from fomoe.kernels.cpu import CpuOps
+from fomoe.kernels.cpu_arrays import CpuWeight, F32Array
 from fomoe.kernels.device import DEVICE_ALIGNMENT, Event
+from fomoe.kernels.ops import MoeSpec, Routing, Segment
 
+R = TypeVar("R")
 Work = Callable[[], object]
 
 
@@ -140,6 +144,9 @@ class HostDevice:
     def pin(self, address: int, nbytes: int) -> None:
         """Nothing to do: a copy is this processor's own."""
 
+    def unpin(self) -> None:
+        """Nothing was pinned."""
+
     def when(self, event: Event, callback: Callable[[], None]) -> None:
         assert isinstance(event, HostEvent)
         event.then(lambda: self._loop.call_soon_threadsafe(callback))
@@ -147,11 +154,40 @@ class HostDevice:
     def failure(self) -> BaseException | None:
         return self.compute.failure or self.uploads.failure
 
+    def move(self, target: npt.NDArray[Any], source: npt.NDArray[Any]) -> None:
+        target[...] = source
+
+    assign = move
+
     def memory(self) -> tuple[int, int]:
         page = os.sysconf("SC_PAGE_SIZE")
         return os.sysconf("SC_AVPHYS_PAGES") * page, os.sysconf("SC_PHYS_PAGES") * page
+
+    def make_ops(self, *, threads: int, max_tokens: int, isa: str) -> HostOps:
+        return HostOps(threads, max_tokens, isa)
+
+    def workspace_bytes(self, *, threads: int, max_tokens: int, **shapes: Any) -> int:
+        return HostOps.workspace_bytes(threads, max_tokens, **shapes)
 
     def close(self) -> None:
         self.compute.close()
         self.uploads.close()
         self._arrays.clear()
+
+
+class HostOps(CpuOps):
+    """CpuOps as a device's: all calls come from the thread of its compute stream."""
+
+    def fixed_part(self, key: Hashable, segments: Sequence[Segment], launch: Callable[[], R]) -> R:
+        return launch()
+
+    def route(
+        self, spec: MoeSpec, x: F32Array, norm: F32Array, eps: float, router: CpuWeight
+    ) -> Routing:
+        routing = super().route(spec, x, norm, eps, router)
+        return Routing(
+            h=routing.h.copy(),
+            logits=routing.logits.copy(),
+            ids=routing.ids.copy(),
+            weights=routing.weights.copy(),
+        )

@@ -58,6 +58,7 @@ struct fomoe_moe {
     float *shared_scale; /* [tokens] */
     fomoe_act act;
     int tokens, pairs_left;
+    const int32_t *ids;
     const float *weights;
     wave wave; /* the last one that was started */
 };
@@ -300,6 +301,7 @@ fomoe_moe *fomoe_moe_begin(const fomoe_moe_layer *layer, const float *h, int64_t
 void fomoe_moe_pick(fomoe_moe *moe, const int32_t *ids, const float *weights)
 {
     moe->weights = weights;
+    moe->ids = ids;
     memset(moe->done, 0, moe->shape.num_experts);
     sort_pairs(moe, ids);
 }
@@ -320,21 +322,30 @@ static void sum_task(void *arg, int task, int thread)
     const fomoe_moe *moe = job->moe;
     int k = moe->shape.top_k, hidden = moe->shape.hidden, end = (task + 1) * SUM_TOKENS_PER_TASK;
     for (int t = task * SUM_TOKENS_PER_TASK; t < end && t < moe->tokens; t++) {
-        const float *outs[MAX_TOP_K];
+        const float *outs[MAX_TOP_K], *weights = moe->weights + t * k;
+        float some[MAX_TOP_K];
+        int n = 0;
         for (int r = 0; r < k; r++)
-            outs[r] = moe->out + (int64_t)moe->pair_of[t * k + r] * hidden;
+            if (moe->done[moe->ids[t * k + r]]) {
+                some[n] = weights[r];
+                outs[n++] = moe->out + (int64_t)moe->pair_of[t * k + r] * hidden;
+            }
         const float *shared = moe->layer->shared_ff ? moe->shared_out + (int64_t)t * hidden : NULL;
         float shared_weight = moe->layer->shared_scale.data ? job->sigmoid(moe->shared_scale[t]) : 1.0f;
-        job->weighted_sum(outs, moe->weights + t * k, k, shared, shared_weight, hidden, job->x + t * job->ldx);
+        job->weighted_sum(outs, some, n, shared, shared_weight, hidden, job->x + t * job->ldx);
     }
 }
 
 int fomoe_moe_finish(fomoe_moe *moe, float *x, int64_t ldx)
 {
+    if (!moe->pairs_left)
+        fomoe_moe_finish_some(moe, x, ldx);
+    return moe->pairs_left;
+}
+
+void fomoe_moe_finish_some(fomoe_moe *moe, float *x, int64_t ldx)
+{
     fomoe_pool_finish(moe->pool);
-    if (moe->pairs_left)
-        return moe->pairs_left;
     sum_job job = { moe, x, ldx, ISA_PICK(weighted_sum), ISA_PICK(sigmoid) };
     fomoe_pool_run(moe->pool, (moe->tokens + SUM_TOKENS_PER_TASK - 1) / SUM_TOKENS_PER_TASK, sum_task, &job);
-    return 0;
 }

@@ -50,4 +50,7 @@ int fomoe_moe_run(fomoe_moe *moe, const int64_t *experts, int num);
  * alone). */
 int fomoe_moe_finish(fomoe_moe *moe, float *x, int64_t ldx);
 
+/* As fomoe_moe_finish, with the picks whose experts have run: others are computed elsewhere. */
+void fomoe_moe_finish_some(fomoe_moe *moe, float *x, int64_t ldx);
+
 #endif

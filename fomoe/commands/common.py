@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from fomoe.config import parse_size
+from fomoe.config import parse_size, parse_sizes
 from fomoe.demo import DEMO_MODEL
 from fomoe.engine import Engine, Opening
 from fomoe.errors import RequestError
@@ -30,6 +30,24 @@ def add_engine_arguments(parser: argparse.ArgumentParser, context: int | None = 
     group.add_argument(
         "--dram", type=_size, metavar="SIZE",
         help="what the process may use in all, such as 16GiB (default: planned from what is free)",
+    )  # fmt: skip
+    group.add_argument(
+        "--device", default="cpu", metavar="NAME",
+        help="where layers are computed: cpu, cuda:0, hip:0; several take turns, as in"
+        " cuda:0,cuda:1 (default: %(default)s)",
+    )  # fmt: skip
+    group.add_argument(
+        "--vram", type=_sizes, default=(), metavar="SIZE",
+        help="what may be used of each device's memory, such as 14GiB, or 14GiB,10GiB (default:"
+        " planned from what is free)",
+    )  # fmt: skip
+    group.add_argument(
+        "--cpu-moe", action="store_true",
+        help="the processor computes all experts, the device everything else",
+    )  # fmt: skip
+    group.add_argument(
+        "--n-cpu-moe", type=int, default=0, metavar="N",
+        help="the processor computes the experts of the first N layers",
     )  # fmt: skip
     group.add_argument(
         "-c", "--ctx-size", type=int, default=context, metavar="N",
@@ -146,10 +164,14 @@ def open_engine(args: argparse.Namespace, *, quiet: bool = False, **more: Any) -
         "backfill": args.backfill,
         "deterministic": args.deterministic,
         "trace": args.trace,
+        "device": args.device,
+        "cpu_moe": args.cpu_moe,
+        "n_cpu_moe": args.n_cpu_moe,
     }
     return Engine.open(
         args.model or DEMO_MODEL,
         dram=args.dram,
+        vram=args.vram,
         on_plan=None if quiet else show_plan,
         progress=None if quiet else LoadBar(),
         **(options | more),
@@ -198,6 +220,13 @@ def read_prompt(args: argparse.Namespace) -> str:
         return str(data.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise RequestError(f"the prompt from {where} is not UTF-8 text: {error}") from error
+
+
+def _sizes(text: str) -> tuple[int, ...]:
+    try:
+        return parse_sizes(text)
+    except RequestError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _size(text: str) -> int:

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fomoe.experts.cache import BoolArray, ExpertCache
+from fomoe.experts.cache import Below, BoolArray, ExpertCache, Policy
 from fomoe.experts.device_layout import DeviceLayout
 from fomoe.experts.layer import Resident
 from fomoe.kernels.device import Device, Event
@@ -52,6 +52,7 @@ class DeviceSlots:
 
     def __init__(self, device: Device, slot_bytes: int, capacity: int, staging: int) -> None:
         self.slot_bytes = slot_bytes
+        self.num_slots = capacity + staging
         self.half = staging // 2
         base = device.allocate((capacity + staging) * slot_bytes)
         addresses = [base + i * slot_bytes for i in range(capacity + staging)]
@@ -96,6 +97,11 @@ class DeviceTier:
             for i, cache in caches.items()
         }
 
+    def policy_below(self, layer: int) -> Policy:
+        """The policy by which the host's tier of a layer decides: what is here leaves there."""
+        cache = self._layers[layer].cache
+        return Below(cache.policy, cache.resident)
+
     def table(self, layer: int) -> A | None:
         """The layer's table, or None while nothing is in it."""
         state = self._layers[layer]
@@ -124,6 +130,17 @@ class DeviceTier:
         state.arriving.clear()
         self._publish(state)
 
+    def missing(self, layer: int, counts: Mapping[int, int]) -> list[int]:
+        """Of the experts that a step needs, by their tokens, those that are not in the table."""
+        resident = self._layers[layer].cache.resident
+        missing = [e for e in counts if not resident[e]]
+        stats, picks = self.stats, sum(counts.values())
+        stats.uses += len(counts)
+        stats.hits += len(counts) - len(missing)
+        stats.picks += picks
+        stats.pick_hits += picks - sum(counts[e] for e in missing)
+        return missing
+
     def take_ahead(self, layer: int, experts: Iterable[int]) -> list[Resident]:
         """Those of `experts` that were copied ahead for this step, as kernels take them; the layer
         has no others any more. Kernels that are queued from here on find their bytes."""
@@ -146,9 +163,10 @@ class DeviceTier:
             if state.ahead:
                 self.take_ahead(layer, ())
 
-    def room(self, layer: int) -> int:
-        """Experts of the layer that can be copied now."""
-        return len(self._layers[layer].slots.ring)
+    def batch(self, layer: int) -> int:
+        """Experts of the layer that are copied together: half of the staging slots, or fewer."""
+        slots = self._layers[layer].slots
+        return max(min(slots.half, len(slots.ring)), 1)
 
     def room_ahead(self, layer: int) -> int:
         """Experts that can be copied ahead, so that half of the staging slots stay for what is
@@ -157,7 +175,7 @@ class DeviceTier:
         return max(len(slots.ring) - slots.half, 0)
 
     def copy(self, layer: int, experts: Sequence[Resident], copied: Sources) -> list[Resident]:
-        """Queue copies of experts that are in host memory, at most `room`; returns them as kernels
+        """Queue copies of experts that are in host memory, at most `batch`; returns them as kernels
         that are queued from here on take them. `copied` is called once their host memory may be
         reused. The caller has to queue those kernels and then call `computed`."""
         state = self._layers[layer]
@@ -166,20 +184,22 @@ class DeviceTier:
         return [state.layout.resident(e[0], s) for e, s in zip(experts, slots, strict=True)]
 
     def copy_ahead(self, layer: int, experts: Sequence[Resident], copied: Sources) -> None:
-        """Queue copies for the layer's next step, at most `room`."""
+        """Queue copies for the layer's next step, at most `room_ahead`."""
         state = self._layers[layer]
         slots, event = self._upload(state, experts, copied)
         self.stats.copied_ahead += len(experts)
         for expert, slot in zip(experts, slots, strict=True):
             state.ahead[expert[0]] = slot, event
 
-    def computed(self, layer: int, experts: Sequence[Resident], picked: Sequence[int]) -> None:
-        """The kernels that read these experts of copy() or take_ahead() have been queued. Those
-        that deserve it stay; none of `picked` leaves for them."""
+    def computed(
+        self, layer: int, experts: Sequence[Resident], picked: Sequence[int], *, keep: bool
+    ) -> None:
+        """The kernels that read these experts of copy() or take_ahead() have been queued. With
+        `keep`, those that deserve it stay; none of `picked` leaves for them."""
         state = self._layers[layer]
         event = self.device.compute.record()
         for expert, slot, _, _ in experts:
-            if self._make_room(state, expert, picked, event):
+            if keep and self._make_room(state, expert, picked, event):
                 state.cache.admit(expert, slot)
                 self._enter(state, expert, slot)
             else:
@@ -194,7 +214,7 @@ class DeviceTier:
         event: Event | None = None
         chosen: list[Resident] = []
         for expert in experts:
-            if len(chosen) >= self.room(layer):
+            if len(chosen) >= len(state.slots.ring):
                 break
             event = event or self.device.compute.record()
             if self._make_room(state, expert[0], picked, event):

@@ -13,7 +13,9 @@ from fomoe.experts.layout import ExpertLayout
 from fomoe.experts.ledger import Ledger
 from fomoe.experts.slots import SlotPool
 from fomoe.io.reader import ReadRequest
-from fomoe.kernels.ops import Resident as Resident
+
+# An expert as compute takes it: its number, and the addresses of gate, up and down.
+Resident = tuple[int, int, int, int]
 
 
 class LayerExperts:

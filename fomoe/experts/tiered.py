@@ -57,6 +57,15 @@ class TieredStore(ExpertStore):
             return len(experts)
         return experts.index(absent[taken])
 
+    def note_above(self, layer: int, experts: Sequence[int], counts: Sequence[int]) -> None:
+        """A step uses experts that the layer's device has, counts[i] tokens picking experts[i]."""
+        stats, picks = self.stats, sum(counts)
+        stats.uses += len(experts)
+        stats.hits += len(experts)
+        stats.picks += picks
+        stats.pick_hits += picks
+        self._ledger.note_picks(layer, experts, counts, (), {})
+
     def hold(self, layer: int, experts: Sequence[int], most: int) -> list[Resident]:
         """Up to `most` of `experts`, in order, that are ready in slots of the layer: those stay
         until released."""

@@ -11,9 +11,8 @@ from types import ModuleType
 
 from fomoe.errors import UnsupportedError
 from fomoe.gguf import GgufFile
-from fomoe.kernels.ops import Ops
 from fomoe.models.base import HyperParameters, LayerParameters, WeightSource
-from fomoe.models.blocks import HEAD_ROWS, Layer, Model, buffer_bytes
+from fomoe.models.blocks import HEAD_ROWS, Backends, Layer, Model, buffer_bytes
 
 __all__ = [
     "HEAD_ROWS", "HyperParameters", "Layer", "LayerParameters", "Model", "WeightSource",
@@ -38,8 +37,9 @@ def describe(gguf: GgufFile) -> HyperParameters:
     return _module(gguf.architecture).describe(gguf)  # type: ignore[no-any-return]
 
 
-def build(hp: HyperParameters, ops: Ops, weights: WeightSource, *, max_tokens: int) -> Model:
-    """The model of these hyper-parameters on a backend, for steps of at most `max_tokens` tokens.
+def build(hp: HyperParameters, ops: Backends, weights: WeightSource, *, max_tokens: int) -> Model:
+    """The model of these hyper-parameters on a backend, or on one for each layer, for steps of at
+    most `max_tokens` tokens.
 
     `weights` must hold hp.dense_tensors, and keep them valid for as long as the model is used.
     """

@@ -7,8 +7,8 @@ which architecture composes them, which backend runs, where experts come from.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from itertools import accumulate, pairwise
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -20,8 +20,6 @@ from fomoe.kernels.ops import (
     DeltaSpec,
     DeltaWeights,
     KvCache,
-    LayerOps,
-    LayerParts,
     MoeCall,
     Ops,
     Routing,
@@ -30,6 +28,9 @@ from fomoe.kernels.ops import (
     W,
 )
 from fomoe.models.base import OUTPUT, OUTPUT_NORM, HyperParameters, LayerParameters, WeightSource
+
+# One backend, or that of each layer: the first one's also has the embedding and the head.
+Backends = Ops | Sequence[Ops]
 
 # Rows of logits that the head computes in one call: a row of a large vocabulary is a megabyte.
 HEAD_ROWS = 32
@@ -87,92 +88,96 @@ def _scratch_width(hp: HyperParameters) -> int:
     return max((*attention, *delta))
 
 
-def attention_weights(builder: Builder, layer: int, spec: AttentionSpec) -> AttentionWeights:
+class Mixer(Protocol):
+    """What mixes tokens with earlier ones."""
+
+    def mix(self, x: A, segments: Sequence[Segment], cache: KvCache | None) -> None:
+        """x += mixer(RMS(x)), in place."""
+
+
+class AttentionMixer:
     """Softmax attention over the cached tokens of each sequence."""
-    p = f"blk.{layer}.attn_"
-    return AttentionWeights(
-        spec=spec,
-        eps=builder.hp.eps,
-        norm=builder.vector(f"{p}norm.weight"),
-        inputs=builder.attention_inputs(layer, spec),
-        q_norm=builder.vector(f"{p}q_norm.weight"),
-        k_norm=builder.vector(f"{p}k_norm.weight"),
-        output=builder.weight(f"{p}output.weight"),
-    )
+
+    def __init__(self, builder: Builder, layer: int, spec: AttentionSpec) -> None:
+        p = f"blk.{layer}.attn_"
+        builder = builder.at(layer)
+        self._ops, self._workspace = builder.ops, builder.workspace
+        self._widths = attention_widths(spec)
+        self._weights = AttentionWeights(
+            spec=spec,
+            eps=builder.hp.eps,
+            norm=builder.vector(f"{p}norm.weight"),
+            inputs=builder.attention_inputs(layer, spec),
+            q_norm=builder.vector(f"{p}q_norm.weight"),
+            k_norm=builder.vector(f"{p}k_norm.weight"),
+            output=builder.weight(f"{p}output.weight"),
+        )
+
+    def mix(self, x: A, segments: Sequence[Segment], cache: KvCache | None) -> None:
+        assert cache is not None, "attention without a cache"
+        buffers = self._workspace.take(len(x), self._widths)
+        self._ops.mix_attention(self._weights, x, buffers, cache, segments)
 
 
-def delta_weights(
-    builder: Builder, layer: int, spec: DeltaSpec, beta: Tensor, alpha: Tensor
-) -> DeltaWeights:
+class DeltaMixer:
     """Gated delta-net: a recurrent state in each segment instead of a cache."""
-    p = f"blk.{layer}."
-    inputs = [
-        builder.weight(f"{p}attn_qkv.weight"),
-        builder.weight(f"{p}attn_gate.weight"),
-        builder.ops.weight(beta),
-        builder.ops.weight(alpha),
-    ]
-    return DeltaWeights(
-        layer=layer,
-        spec=spec,
-        eps=builder.hp.eps,
-        norm=builder.vector(f"{p}attn_norm.weight"),
-        inputs=inputs,
-        conv=builder.vector(f"{p}ssm_conv1d.weight"),
-        dt_bias=builder.vector(f"{p}ssm_dt.bias"),
-        a=builder.vector(f"{p}ssm_a"),
-        out_norm=builder.vector(f"{p}ssm_norm.weight"),
-        output=builder.weight(f"{p}ssm_out.weight"),
-    )
+
+    def __init__(
+        self, builder: Builder, layer: int, spec: DeltaSpec, beta: Tensor, alpha: Tensor
+    ) -> None:
+        p = f"blk.{layer}."
+        builder = builder.at(layer)
+        self._ops, self._workspace = builder.ops, builder.workspace
+        self._widths = delta_widths(spec)
+        inputs = [
+            builder.weight(f"{p}attn_qkv.weight"),
+            builder.weight(f"{p}attn_gate.weight"),
+            builder.ops.weight(beta),
+            builder.ops.weight(alpha),
+        ]
+        self._weights = DeltaWeights(
+            layer=layer,
+            spec=spec,
+            eps=builder.hp.eps,
+            norm=builder.vector(f"{p}attn_norm.weight"),
+            inputs=inputs,
+            conv=builder.vector(f"{p}ssm_conv1d.weight"),
+            dt_bias=builder.vector(f"{p}ssm_dt.bias"),
+            a=builder.vector(f"{p}ssm_a"),
+            out_norm=builder.vector(f"{p}ssm_norm.weight"),
+            output=builder.weight(f"{p}ssm_out.weight"),
+        )
+
+    def mix(self, x: A, segments: Sequence[Segment], cache: KvCache | None) -> None:
+        buffers = self._workspace.take(len(x), self._widths)
+        self._ops.mix_delta(self._weights, x, buffers, segments)
 
 
 class Layer:
-    """One trunk layer. A host computes it as `ops`, from one routing to the next; where a device
-    is told what to do without waiting for it, in the steps mix, route and experts."""
+    """One trunk layer, in the steps between which the engine reads experts."""
 
     def __init__(
-        self,
-        builder: Builder,
-        parameters: LayerParameters,
-        mixer: AttentionWeights | DeltaWeights,
-        ffn_norm: str,
+        self, builder: Builder, parameters: LayerParameters, mixer: Mixer, ffn_norm: str
     ) -> None:
         p = f"blk.{parameters.index}."
+        builder = builder.at(parameters.index)
         self.parameters = parameters
-        self._ops = builder.ops
-        widths = (
-            attention_widths(mixer.spec)
-            if isinstance(mixer, AttentionWeights)
-            else delta_widths(mixer.spec)
-        )
-        self._parts = LayerParts(
-            mixer=mixer,
-            room=partial(builder.workspace.take, widths=widths),
-            norm=builder.vector(p + ffn_norm),
-            eps=builder.hp.eps,
-            router=builder.weight(f"{p}ffn_gate_inp.weight"),
-            moe=parameters.moe,
-            shared=builder.shared_expert(parameters) if parameters.shared_ff else None,
-        )
-        self.ops: LayerOps = builder.ops.layer(self._parts)
+        self._ops, self._mixer, self._eps = builder.ops, mixer, builder.hp.eps
+        self._norm = builder.vector(p + ffn_norm)
+        self._router = builder.weight(f"{p}ffn_gate_inp.weight")
+        self._shared = builder.shared_expert(parameters) if parameters.shared_ff else None
 
     def mix(self, x: A, segments: Sequence[Segment], cache: KvCache | None) -> None:
         """x += Mixer(RMS(x)), in place. x [T, hidden]; `cache` is None for a recurrent layer."""
-        mixer, buffers = self._parts.mixer, self._parts.room(len(x))
-        if isinstance(mixer, DeltaWeights):
-            self._ops.mix_delta(mixer, x, buffers, segments)
-        else:
-            assert cache is not None, "attention without a cache"
-            self._ops.mix_attention(mixer, x, buffers, cache, segments)
+        self._mixer.mix(x, segments, cache)
 
     def route(self, x: A) -> Routing:
         """What the router says of x [T, hidden], which may be another layer's residual stream."""
-        p = self._parts
-        return self._ops.route(p.moe, x, p.norm, p.eps, p.router)
+        return self._ops.route(self.parameters.moe, x, self._norm, self._eps, self._router)
 
     def experts(self, routing: Routing) -> MoeCall:
         """Begin the experts of this layer. The shared one may be computed from now on."""
-        return self._ops.moe(self._parts.moe, routing, self._parts.shared)
+        return self._ops.moe(self.parameters.moe, routing, self._shared)
 
 
 class Model:
@@ -190,12 +195,16 @@ class Model:
         self._norm = builder.vector(OUTPUT_NORM)
         self._output = builder.weight(hp.embedding if hp.tied_head else OUTPUT)
 
+    def embed_into(self, rows: npt.NDArray[np.uint8], x: A) -> None:
+        """The residual stream of embedding rows, as in `embed`, in x [T, hidden]."""
+        self._ops.embed(self.parameters.embedding_type, rows, x)
+
     def embed(self, rows: npt.NDArray[np.uint8]) -> A:
         """The residual stream [T, hidden] of embedding rows as they lie in the file, uint8
         [T, row_bytes]: a view of the model's own buffer, good until the next step."""
         if len(self._x_rows) != len(rows):
             self._x_rows = self._x[: len(rows)]
-        self._ops.embed(self.parameters.embedding_type, rows, self._x_rows)
+        self.embed_into(rows, self._x_rows)
         return self._x_rows
 
     def head(self, x: A) -> A:
@@ -212,11 +221,23 @@ class Builder:
     """Makes the parts of one model: weights become the backend's handles."""
 
     def __init__(
-        self, hp: HyperParameters, ops: Ops, weights: WeightSource, max_tokens: int
+        self, hp: HyperParameters, ops: Backends, weights: WeightSource, max_tokens: int
     ) -> None:
-        self.hp, self.ops, self.max_tokens = hp, ops, max_tokens
-        self.workspace = Workspace(ops, _scratch_width(hp), max_tokens)
+        self.ops = ops[0] if isinstance(ops, Sequence) else ops
+        self.hp, self.max_tokens = hp, max_tokens
+        self.workspace = Workspace(self.ops, _scratch_width(hp), max_tokens)
         self._weights = weights
+        self._at: list[Builder] = []
+        if isinstance(ops, Sequence):
+            made = {id(self.ops): self}
+            for own in ops:
+                if id(own) not in made:
+                    made[id(own)] = Builder(hp, own, weights, max_tokens)
+                self._at.append(made[id(own)])
+
+    def at(self, layer: int) -> Builder:
+        """The builder of a layer's backend."""
+        return self._at[layer] if self._at else self
 
     def tensor(self, name: str) -> Tensor:
         return self._weights.tensor(name)

@@ -9,10 +9,10 @@ it: pair 7 with [4, 2, 2]. Real models' [11, 11, 10] have no such pair.)
 from __future__ import annotations
 
 from fomoe.gguf import GgufFile
-from fomoe.kernels.ops import DeltaSpec, Ops, Tensor
+from fomoe.kernels.ops import DeltaSpec, Tensor
 from fomoe.models import hybrid
 from fomoe.models.base import HyperParameters, WeightSource
-from fomoe.models.blocks import Builder, Model
+from fomoe.models.blocks import Backends, Builder, Model
 from fomoe.models.outline import Outline
 
 
@@ -23,7 +23,7 @@ def describe(gguf: GgufFile) -> HyperParameters:
     return hybrid.describe(outline, attention, delta, gate_rows)
 
 
-def build(hp: HyperParameters, ops: Ops, weights: WeightSource, *, max_tokens: int) -> Model:
+def build(hp: HyperParameters, ops: Backends, weights: WeightSource, *, max_tokens: int) -> Model:
     return hybrid.build(hp, ops, weights, max_tokens, _gates)
 
 

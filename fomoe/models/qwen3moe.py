@@ -6,9 +6,8 @@ Owns: how the architecture composes the shared parts.
 from __future__ import annotations
 
 from fomoe.gguf import GgufFile
-from fomoe.kernels.ops import Ops
 from fomoe.models.base import HyperParameters, LayerParameters, WeightSource
-from fomoe.models.blocks import Builder, Layer, Model, attention_weights
+from fomoe.models.blocks import AttentionMixer, Backends, Builder, Layer, Model
 from fomoe.models.outline import Outline
 
 FFN_NORM = "ffn_norm.weight"
@@ -29,10 +28,10 @@ def describe(gguf: GgufFile) -> HyperParameters:
     return outline.finish(layers)
 
 
-def build(hp: HyperParameters, ops: Ops, weights: WeightSource, *, max_tokens: int) -> Model:
+def build(hp: HyperParameters, ops: Backends, weights: WeightSource, *, max_tokens: int) -> Model:
     builder = Builder(hp, ops, weights, max_tokens)
     layers = []
     for p in hp.layers:
         assert p.attention
-        layers.append(Layer(builder, p, attention_weights(builder, p.index, p.attention), FFN_NORM))
+        layers.append(Layer(builder, p, AttentionMixer(builder, p.index, p.attention), FFN_NORM))
     return Model(builder, layers)

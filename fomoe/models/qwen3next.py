@@ -6,13 +6,11 @@ h // (v_heads // k_heads)); one tensor holds the projections of both gates of th
 
 from __future__ import annotations
 
-import numpy as np
-
 from fomoe.gguf import GgufFile
-from fomoe.kernels.ops import DeltaSpec, Ops, Tensor
+from fomoe.kernels.ops import DeltaSpec, Tensor
 from fomoe.models import hybrid
 from fomoe.models.base import HyperParameters, WeightSource
-from fomoe.models.blocks import Builder, Model
+from fomoe.models.blocks import Backends, Builder, Model
 from fomoe.models.outline import Outline
 
 
@@ -22,7 +20,7 @@ def describe(gguf: GgufFile) -> HyperParameters:
     return hybrid.describe(outline, attention, delta, {"ssm_ba.weight": 2 * delta.v_heads})
 
 
-def build(hp: HyperParameters, ops: Ops, weights: WeightSource, *, max_tokens: int) -> Model:
+def build(hp: HyperParameters, ops: Backends, weights: WeightSource, *, max_tokens: int) -> Model:
     return hybrid.build(hp, ops, weights, max_tokens, _gates)
 
 
@@ -36,7 +34,7 @@ def _gates(builder: Builder, layer: int, spec: DeltaSpec) -> tuple[Tensor, Tenso
             name=f"{fused.name}[{name}]",
             type=fused.type,
             shape=(spec.v_heads, fused.shape[1]),
-            data=np.ascontiguousarray(rows[:, part]).reshape(-1),
+            data=rows[:, part].reshape(-1),
         )
         for part, name in enumerate(("beta", "alpha"))
     )

@@ -1,0 +1,320 @@
+"""A step where layers are computed on devices, which take turns.
+
+Owns: what is queued on which stream, and when the host waits. Does not know: slots, the cost model,
+which kind of device.
+
+The host waits for a layer's routing (its mailbox), and never for a layer's end: what a device holds
+is computed from its table while the mailbox is on its way, only what is missing is brought, and the
+next layer is queued behind it. With several devices, layers take turns: while one device computes a
+layer, the next layer's router is asked about the residual stream on the other one, and what it will
+probably pick is copied there. The same schedule runs on threads of the host, where tests run it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fomoe.errors import ReadError
+from fomoe.experts.layer import Resident
+from fomoe.experts.placement import LayerPlacement
+from fomoe.experts.step import ExpertStep
+from fomoe.experts.tiered import TieredStore
+from fomoe.forward import Forward, Logits, distinct, lost_expert
+from fomoe.kernels.device import Device, Event
+from fomoe.kernels.ops import KvCache, Routing, Segment
+from fomoe.memory import finish
+from fomoe.models import HEAD_ROWS, Layer
+from fomoe.places import Place
+from fomoe.scheduler import Chunk
+from fomoe.trace import Part
+from fomoe.turn import Turn
+
+
+class DeviceForward(Forward):
+    """`places`: of each layer, in the order of layers; the first one's has embedding and head."""
+
+    def __init__(self, *args: Any, places: Sequence[Place], **options: Any) -> None:
+        super().__init__(*args, **options)
+        assert isinstance(self._store, TieredStore)
+        self._tiered = self._store
+        self._places = places
+        self._devices = list(dict.fromkeys(place.device for place in places))
+        hp = self._model.parameters
+        device = places[0].device
+        self._head_rows = device.host_array((HEAD_ROWS, hp.vocab_size), np.float32)
+        self._at = places[0]  # where the residual stream is
+        self._tokens = 0
+        self._turns: list[Turn] = []  # that may still read host memory
+        self._guesses: dict[int, _Guess] = {}  # by layer, until the layer's own picks are known
+
+    async def run(self, chunks: Sequence[Chunk]) -> list[Logits]:
+        """As Forward.run. However it ends, no device has anything left to do then."""
+        try:
+            return await super().run(chunks)
+        finally:
+            await finish(asyncio.ensure_future(self._quiesce()))
+
+    async def _quiesce(self) -> None:
+        self._guesses.clear()
+        events = [(d, s.record()) for d in self._devices for s in (d.uploads, d.compute)]
+        try:
+            for device, event in events:
+                await self._reached(device, event)
+        finally:
+            for turn in self._turns:
+                turn.close()
+            self._turns.clear()
+            for place in dict.fromkeys(self._places):
+                place.tier.drop_ahead()
+
+    async def _reached(self, device: Device, event: Event) -> None:
+        """Wait until an event has been reached; raises what went wrong on the device."""
+        if not event.done():
+            future = asyncio.get_running_loop().create_future()
+            device.when(event, lambda: None if future.done() else future.set_result(None))
+            await future
+        failure = device.failure()
+        if failure is not None:
+            raise failure
+
+    async def _audit(
+        self, chunks: Sequence[Chunk], rows: npt.NDArray[np.uint8], segments: Sequence[Segment]
+    ) -> list[Logits]:
+        """As Forward._audit; states are kept in memory of their devices."""
+        kept = []
+        for place, states in zip(
+            self._places, zip(*(s.delta for s in segments), strict=True), strict=True
+        ):
+            device = place.device
+            for array in (a for state in states if state for a in (state.conv, state.s)):
+                spare = device.array(array.shape, np.float32)
+                kept.append((device, array, spare))
+                device.compute.call(partial(device.assign, spare, array))
+        try:
+            logits = await self._layers(chunks, rows, segments, audit=True)
+            return [None if own is None else np.array(own) for own in logits]
+        finally:
+            for device, array, spare in kept:
+                device.compute.call(partial(device.assign, array, spare))
+
+    async def _layers(
+        self,
+        chunks: Sequence[Chunk],
+        rows: npt.NDArray[np.uint8],
+        segments: Sequence[Segment],
+        *,
+        audit: bool = False,
+    ) -> list[Logits]:
+        self._tokens = len(rows)
+        self._at = self._places[0]
+        x = self._at.x(self._tokens)
+        self._at.device.compute.call(partial(self._model.embed_into, rows, x))
+        for layer, cache in zip(self._model.layers, self._caches, strict=True):
+            await self._yield(chunks)
+            await self._layer(layer, cache, x, chunks, segments, audit)
+        self._move(self._places[0])
+        return await self._head(chunks, segments, x)
+
+    async def _logits(self, x: Any, rows: list[int]) -> npt.NDArray[np.float32]:
+        device, host = self._at.device, self._head_rows[: len(rows)]
+
+        def work() -> None:
+            picked = x if len(rows) == len(x) else x[rows]
+            device.move(host, self._model.head(picked))
+
+        device.compute.call(work)
+        begin = time.perf_counter_ns()
+        await self._reached(device, device.compute.record())
+        self._note(Part.HEAD, -1, begin)
+        return host
+
+    def _move(self, place: Place) -> None:
+        """The residual stream hops to the device whose turn it is."""
+        place.bring(self._at, self._tokens)
+        self._at = place
+
+    async def _layer(
+        self,
+        layer: Layer,
+        cache: KvCache | None,
+        x: Any,
+        chunks: Sequence[Chunk],
+        segments: Sequence[Segment],
+        audit: bool,
+    ) -> None:
+        index = layer.parameters.index
+        place = self._places[index]
+        begin = time.perf_counter_ns()
+        self._move(place)
+        turn = Turn(place, layer, place.x(self._tokens), self._tokens)
+        self._turns.append(turn)
+        place.tier.begin(index)
+        turn.queue(turn.do_route, segments, cache)
+        routed = place.device.compute.record()
+        turn.queue(turn.do_experts)
+        by_host = self._residency.substitutes and not audit
+        if not by_host:
+            turn.use_table()
+        below = self._model.layers[index + 1] if index + 1 < len(self._model.layers) else None
+        if below and self._read_ahead and not audit:
+            self._ask(below)
+        await self._reached(place.device, routed)
+        self._guesses.pop(index, None)
+        self._note(Part.ROUTE, index, begin)
+        routing = turn.routing
+        assert routing is not None
+        if not audit:
+            self._residency.routed(index, routing)
+        if by_host:
+            turn.use_table()
+        try:
+            await self._experts(turn, layer, routing, passing=audit)
+        except ReadError as error:
+            assert turn.step is not None
+            raise lost_expert(error, turn.step.lost, routing, chunks, segments) from error
+        if self._tracer:
+            end = time.perf_counter_ns()
+            self._tracer.layer(begin, end, index, self._store.clock, self._stretches)
+            self._stretches = []
+
+    async def _experts(self, turn: Turn, layer: Layer, routing: Routing, passing: bool) -> None:
+        """Everything that the layer's picks need is computed, or queued."""
+        index, place = turn.index, turn.place
+        tier = place.tier
+        picks, numbers = distinct(routing)
+        counts = dict(zip(picks, numbers, strict=True))
+        missing = tier.missing(index, counts)
+        ahead = tier.take_ahead(index, missing)
+        here = {e[0] for e in ahead}
+        missing = [e for e in missing if e not in here]
+        if not passing:
+            held = [e for e in picks if e not in missing]
+            self._tiered.note_above(index, held, [counts[e] for e in held])
+        step = self._store.begin(index, missing, [counts[e] for e in missing], passing=passing)
+        turn.open(step)
+        if ahead:
+            turn.queue(turn.do_run, ahead)
+            tier.computed(index, ahead, picks, keep=not passing)
+        placement = place.placement(index, self._tokens)
+        helper = place.helper
+        if helper and missing:
+            helper.begin(layer.parameters.moe, routing)
+        ready = step.take()
+        while True:
+            if ready:
+                await self._place(turn, ready, placement, counts)
+            self._fetch_on(step)
+            ready = await step.landed()
+            if not ready:
+                break
+        helped = helper is not None and bool(missing)
+        if helper and helped:
+            helper.finish()
+        turn.queue(turn.do_finish, helped)
+        tier.end(index)
+        turn.end()
+
+    async def _place(
+        self,
+        turn: Turn,
+        experts: Sequence[Resident],
+        placement: LayerPlacement,
+        counts: dict[int, int],
+    ) -> None:
+        """Compute experts that are in host memory where they are done first."""
+        device, host = placement.split([e[0] for e in experts], counts.__getitem__)
+        by_number = {e[0]: e for e in experts}
+        self._copy(turn, [by_number[e] for e in device], list(counts))
+        if host:
+            await self._compute_here(turn, [by_number[e] for e in host], list(counts))
+
+    def _copy(self, turn: Turn, experts: Sequence[Resident], picks: Sequence[int]) -> None:
+        """Queue copies to the device in batches, and behind each the kernels that read it, which
+        run while the next batch is copied."""
+        tier = turn.place.tier
+        while experts:
+            batch = experts[: tier.batch(turn.index)]
+            experts = experts[len(batch) :]
+            turn.read(batch)
+            here = tier.copy(turn.index, batch, turn.was_read)
+            turn.queue(turn.do_run, here)
+            tier.computed(turn.index, here, picks, keep=not turn.passing)
+
+    async def _compute_here(
+        self, turn: Turn, experts: Sequence[Resident], picks: Sequence[int]
+    ) -> None:
+        """The processor computes experts where they lie; those that deserve to stay on the device
+        are copied there meanwhile."""
+        place = turn.place
+        place.tier.stats.host_uses += len(experts)
+        turn.read(experts)
+        if not turn.passing and not place.pins(turn.index):
+            turn.read(place.tier.promote(turn.index, experts, picks, turn.was_read))
+        if place.helper:
+            await self._compute(
+                Part.RESIDENT, turn.index, place.helper.run, experts, experts=len(experts)
+            )
+            turn.was_read(experts)
+        else:
+            turn.queue(turn.do_run, experts)
+            place.device.when(place.device.compute.record(), partial(turn.was_read, experts))
+
+    def _ask(self, layer: Layer) -> None:
+        """Queue the next layer's router, on that layer's device, for the residual stream as it is
+        before this layer's experts: what it says arrives while those are being computed."""
+        place = self._places[layer.parameters.index]
+        place.bring_peek(self._at, self._tokens)
+        guess = self._guesses[layer.parameters.index] = _Guess(layer, place.peek(self._tokens))
+        place.device.compute.call(guess.do_route)
+        place.device.when(place.device.compute.record(), partial(self._heard, guess))
+
+    def _heard(self, guess: _Guess) -> None:
+        """The next layer's router has said what it would pick."""
+        if self._guesses.get(guess.index) is not guess or guess.routing is None:
+            return  # too late, or the device failed
+        experts, counts = distinct(guess.routing)
+        if len(guess.routing.ids) > 1:
+            order = np.argsort(-np.asarray(counts), kind="stable")
+            experts = [experts[i] for i in order]
+        if self._residency.predicts():
+            self._residency.predicted(guess.index, guess.routing)
+        elif not self._residency.decoding:
+            guess.ahead = experts
+        self._copy_ahead(guess.index, experts)
+
+    def _copy_ahead(self, index: int, experts: Sequence[int]) -> None:
+        """What the next layer will probably need, and the host has, is copied to its device."""
+        place = self._places[index]
+        if place.pins(index):
+            return
+        absent = [e for e in experts if not place.tier.holds(index, e)]
+        held = self._tiered.hold(index, absent, place.tier.room_ahead(index))
+        if held:
+            place.tier.copy_ahead(index, held, partial(self._tiered.release, index))
+
+    def _fetch_on(self, step: ExpertStep) -> None:
+        """When a layer has nothing left to submit, the next one's experts may come."""
+        guess = self._guesses.get(step.layer.index + 1)
+        if guess and guess.ahead and not step.pending:
+            # Nine in ten of what is predicted for a whole step's tokens is picked.
+            del guess.ahead[: self._store.prefetch(guess.index, guess.ahead, certain=True)]
+
+
+class _Guess:
+    """What the router of a layer says of a residual stream that is not its own yet."""
+
+    def __init__(self, layer: Layer, x: Any) -> None:
+        self.index = layer.parameters.index
+        self.routing: Routing | None = None
+        self.ahead: list[int] = []  # still to be read for a prompt, the most wanted first
+        self._layer, self._x = layer, x
+
+    def do_route(self) -> None:
+        self.routing = self._layer.route(self._x)

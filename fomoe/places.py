@@ -1,0 +1,83 @@
+"""Where layers are computed: a device, its operations, the experts it holds, and the buffers by
+which the residual stream and the processor's share come and go.
+
+Owns: those buffers. Does not know: the order of a step, policies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fomoe.experts.device_tier import DeviceTier
+from fomoe.experts.placement import Costs, LayerPlacement, Side
+from fomoe.host_experts import HostExperts
+from fomoe.kernels.device import Device, DeviceOps
+from fomoe.kernels.ops import A
+
+
+class Place:
+    """One device. `costs`: of its layers' experts. `pinned`: layers whose experts the processor
+    computes. `helper`: the processor, where the device cannot read host memory as its own."""
+
+    def __init__(
+        self,
+        device: Device,
+        ops: DeviceOps,
+        tier: DeviceTier,
+        *,
+        hidden: int,
+        max_tokens: int,
+        costs: Mapping[int, Costs],
+        pinned: frozenset[int] = frozenset(),
+        fixed: bool = False,
+        helper: HostExperts | None = None,
+    ) -> None:
+        self.device, self.ops, self.tier, self.helper = device, ops, tier, helper
+        self._row_bytes = 4 * hidden
+        self._x = ops.buffer(max_tokens, hidden)
+        self._peek = ops.buffer(max_tokens, hidden)
+        self.partial: A = ops.buffer(max_tokens, hidden) if helper else None
+        self._views: dict[int, Any] = {}
+        self._costs, self._pinned, self._fixed = costs, pinned, fixed
+
+    def x(self, tokens: int) -> Any:
+        """Where the residual stream [tokens, hidden] is while this device computes: the same view
+        step after step."""
+        if tokens not in self._views:
+            self._views.clear()
+            self._views[tokens] = self._x[:tokens], self._peek[:tokens]
+        return self._views[tokens][0]
+
+    def peek(self, tokens: int) -> Any:
+        """A copy of a residual stream, for the router of a layer whose turn has not come."""
+        self.x(tokens)
+        return self._views[tokens][1]
+
+    def bring(self, source: Place, tokens: int) -> None:
+        """The residual stream hops here, once the other device has done what it was given."""
+        if source is not self:
+            self._copy(self._x, source, source._x, tokens)
+
+    def bring_peek(self, source: Place, tokens: int) -> None:
+        """A copy of the other device's residual stream, as it is when what is queued has been done,
+        whatever comes after."""
+        nbytes, address = tokens * self._row_bytes, source.device.address
+        source.device.compute.copy(address(source._peek), address(source._x), nbytes)
+        if source is not self:
+            self._copy(self._peek, source, source._peek, tokens)
+
+    def _copy(self, target: Any, source: Place, array: Any, tokens: int) -> None:
+        compute = self.device.compute
+        compute.wait(source.device.compute.record())
+        nbytes = tokens * self._row_bytes
+        compute.copy(self.device.address(target), source.device.address(array), nbytes)
+
+    def placement(self, layer: int, tokens: int) -> LayerPlacement:
+        """Where the layer's experts are computed in a step of so many tokens."""
+        pinned: Side | None = "host" if layer in self._pinned else None
+        return LayerPlacement(self._costs[layer], pinned=pinned, fixed=self._fixed, tokens=tokens)
+
+    def pins(self, layer: int) -> bool:
+        """The processor computes the layer's experts, always."""
+        return layer in self._pinned

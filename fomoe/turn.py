@@ -1,0 +1,129 @@
+"""One layer of one step on its device: what is queued, and what of the host's memory that still
+needs.
+
+Owns: the expert step of the layer for as long as copies or kernels may read its slots. Does not
+know: which experts go where, other layers.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from copy import copy
+from functools import partial
+from typing import Any, cast
+
+from fomoe.experts.layer import Resident
+from fomoe.experts.step import ExpertStep
+from fomoe.kernels.device import DeviceMoeCall
+from fomoe.kernels.ops import KvCache, Routing, Segment
+from fomoe.models import Layer
+from fomoe.places import Place
+
+
+class Turn:
+    """Methods named `do_` are work for the device's stream; the others are the event loop's."""
+
+    def __init__(self, place: Place, layer: Layer, x: Any, tokens: int) -> None:
+        self.place = place
+        self.index = layer.parameters.index
+        self.step: ExpertStep | None = None
+        self.routing: Routing | None = None
+        self._layer = layer
+        self._x = x
+        self._tokens = tokens
+        self._call: DeviceMoeCall | None = None
+        self._reads: Counter[int] = Counter()  # by expert: copies and kernels that read its slot
+        self._over = False
+
+    # ---- work for the stream ----
+
+    def do_route(self, segments: Sequence[Segment], cache: KvCache | None) -> None:
+        """The mixer and the router."""
+
+        def launch() -> Routing:
+            self._layer.mix(self._x, segments, cache)
+            return self._layer.route(self._x)
+
+        # A copy: what is played back is the same object every time, and picks may be replaced.
+        self.routing = copy(self.place.ops.fixed_part(self.index, segments, launch))
+        if self.place.helper:
+            self.place.device.move(self.place.helper.h[: self._tokens], self.routing.h)
+
+    def do_experts(self) -> None:
+        """The shared expert, where there is one."""
+        assert self.routing is not None
+        self._call = cast(DeviceMoeCall, self._layer.experts(self.routing))
+
+    def do_table(self, table: Any) -> None:
+        """The picks that the device holds."""
+        assert self._call is not None
+        self._call.run_table(table)
+
+    def do_run(self, experts: Sequence[Resident]) -> None:
+        assert self._call is not None
+        self._call.run(experts)
+
+    def do_finish(self, helped: bool) -> None:
+        """x += what was computed, on the device and by the processor."""
+        assert self._call is not None
+        if not helped:
+            self._call.finish(self._x)
+        else:
+            assert self.place.helper is not None
+            self._call.finish_some(self._x)
+            part = self.place.partial[: self._tokens]
+            self.place.device.move(part, self.place.helper.partial[: self._tokens])
+            self._x += part
+
+    # ---- the event loop's ----
+
+    def queue(self, work: Callable[..., None], *args: Any) -> None:
+        self.place.device.compute.call(partial(work, *args))
+
+    @property
+    def passing(self) -> bool:
+        """The step leaves no trace in any cache."""
+        return self.step is not None and self.step.passing
+
+    def use_table(self) -> None:
+        """The picks may be computed as the host sees them now."""
+        table = self.place.tier.table(self.index)
+        if table is not None:
+            self.queue(self.do_table, table)
+
+    def open(self, step: ExpertStep) -> None:
+        """The step hands out experts from now on; it is closed once the turn is over and nothing
+        that was queued reads them."""
+        self.step = step
+
+    def read(self, experts: Sequence[Resident]) -> None:
+        """Something is queued that reads these experts in host memory."""
+        self._reads.update(e[0] for e in experts)
+
+    def was_read(self, experts: Sequence[Resident]) -> None:
+        """It has been done."""
+        if self.step is None:
+            return
+        free = []
+        for expert in experts:
+            self._reads[expert[0]] -= 1
+            if not self._reads[expert[0]]:
+                del self._reads[expert[0]]
+                free.append(expert)
+        if free:
+            self.step.computed(free)
+        if self._over and not self._reads:
+            self.close()
+
+    def end(self) -> None:
+        """Nothing more will be queued."""
+        self._over = True
+        if not self._reads:
+            self.close()
+
+    def close(self) -> None:
+        """The device has done all that was queued."""
+        if self.step is not None:
+            self.step.close()
+            self.step = None
