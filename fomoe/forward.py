@@ -14,6 +14,7 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
@@ -22,7 +23,7 @@ import numpy.typing as npt
 from fomoe.errors import ReadError
 from fomoe.experts.step import ExpertStep
 from fomoe.experts.store import ExpertStore
-from fomoe.kernels.ops import KvCache, Routing, Segment
+from fomoe.kernels.ops import KvCache, MoeCall, Resident, Routing, Segment
 from fomoe.memory import finish
 from fomoe.models import HEAD_ROWS, Layer, Model
 from fomoe.residency import Residency
@@ -38,6 +39,8 @@ Logits = npt.NDArray[np.float32] | None  # [n, vocab], or not wanted
 INLINE_TOKENS = 8
 # The loop runs at least this often between layers, so that requests are heard and can be cancelled.
 _YIELD_NS = 2_000_000
+# As often as this where no read can land: a turn of the loop costs 60 us in the midst of a token.
+_IDLE_YIELD_NS = 20_000_000
 # (layer, when, experts) that were predicted last
 _NOTHING_PREDICTED: tuple[int, int, list[int]] = (-1, 0, [])
 
@@ -53,6 +56,20 @@ class ExpertLostError(Exception):
         super().__init__(str(error))
         self.error = error
         self.chunks = chunks
+
+
+@dataclass(slots=True)
+class _Open:
+    """A layer whose experts have begun and not ended. The `last` ones are computed together with
+    what comes after the layer: one call instead of three, and nothing in between that would run in
+    cold caches."""
+
+    index: int
+    call: MoeCall
+    begin_ns: int
+    step: ExpertStep
+    last: Sequence[Resident] = ()
+    part: Part = Part.RESIDENT  # what computing them is
 
 
 class Forward:
@@ -80,6 +97,7 @@ class Forward:
         self._inline = True
         self._yielded_ns = 0
         self._predicted = _NOTHING_PREDICTED
+        self._open: _Open | None = None
         self._stretches: list[Stretch] = []  # of the layer that is being computed, for the tracer
 
     def close(self) -> None:
@@ -129,9 +147,15 @@ class Forward:
         audit: bool = False,
     ) -> list[Logits]:
         x = await self._compute(Part.EMBED, -1, self._model.embed, rows)
-        for layer, cache in zip(self._model.layers, self._caches, strict=True):
-            await self._yield(chunks)
-            await self._layer(layer, cache, x, chunks, segments, audit)
+        try:
+            for layer, cache in zip(self._model.layers, self._caches, strict=True):
+                await self._yield(chunks)
+                await self._layer(layer, cache, x, chunks, segments, audit)
+            await self._finish(x)
+        finally:
+            if self._open is not None:  # the step is given up
+                self._open.step.close()
+                self._open = None
         return await self._head(chunks, segments, x)
 
     async def _audit(
@@ -159,48 +183,96 @@ class Forward:
         segments: Sequence[Segment],
         audit: bool,
     ) -> None:
-        begin = time.perf_counter_ns()
         index = layer.parameters.index
-        await self._compute(Part.MIX, index, layer.mix, x, segments, cache)
-        ahead: list[int] = []
-        below = self._model.layers[index + 1] if index + 1 < len(self._model.layers) else None
-        if self._read_ahead and below and not self._inline:
-            ahead = await self._predict(below, x)
-        routing = await self._compute(Part.ROUTE, index, layer.route, x)
-        # At once: other threads compute the shared expert while reads are asked for and Python gets
-        # the others ready.
-        call = await self._compute(Part.SHARED, index, layer.experts, routing)
+        routing, call = await self._begin(layer, x, segments, cache)
+        # Other threads compute the shared expert meanwhile.
         if not audit:
             self._residency.routed(index, routing)
         experts, counts = distinct(routing)
         self._note_prediction(index, experts)
         step = self._store.begin(index, experts, counts, passing=audit)
+        begin_ns = layer.ops.marks[2] if self._tracer else 0
+        begun = self._open = _Open(index, call, begin_ns, step)
+        guesses = self._read_ahead and index + 1 < len(self._model.layers)
+        below = self._model.layers[index + 1] if guesses else None
+        ahead = await self._predict(below, x) if below and not self._inline else []
         try:
-            self._fetch_ahead(step, index, ahead)
-            while some := await step.landed():
-                part = Part.LANDED if step.fresh else Part.RESIDENT
-                await self._compute(part, index, call.run, some, experts=len(some))
-                step.computed(some)
-                self._fetch_ahead(step, index, ahead)
-            await self._compute(Part.FINISH, index, call.finish, x)
+            await self._compute_experts(begun, ahead)
         except ReadError as error:
             raise lost_expert(error, step.lost, routing, chunks, segments) from error
-        finally:
-            step.close()
-        if self._read_ahead and below and not audit and self._residency.predicts():
+        if not self._inline:
+            await self._finish(x)
+        elif below and not audit and self._residency.predicts():
             # Whatever the drive has time for, while the next layer's mixer is computed.
-            guess = await self._compute(Part.ROUTE, index + 1, below.route, x)
+            await self._finish(x)
+            guess = await self._compute(Part.ROUTE, index + 1, below.ops.guess, x)
             self._residency.predicted(index + 1, guess)
+
+    async def _begin(
+        self, layer: Layer, x: Any, segments: Sequence[Segment], cache: KvCache | None
+    ) -> tuple[Routing, MoeCall]:
+        """End the layer before; mix, route and begin the experts."""
+        before = self._open
+        last = None if before is None else (before.call, before.last)
+        routing, call = await self._run(layer.ops.begin, x, segments, cache, last)
         if self._tracer:
-            end = time.perf_counter_ns()
-            self._tracer.layer(begin, end, index, self._store.clock, self._stretches)
+            now, index = time.perf_counter_ns(), layer.parameters.index
+            begun, ran, summed, mixed, routed = layer.ops.marks
+            if before is not None:
+                of, experts = before.index, len(before.last)
+                self._stretches.append((before.part, of, begun, ran, experts))
+                self._stretches.append((Part.FINISH, of, ran, summed, 0))
+                self._ended(summed)
+            self._stretches.append((Part.MIX, index, summed, mixed, 0))
+            self._stretches.append((Part.ROUTE, index, mixed, routed, 0))
+            self._stretches.append((Part.SHARED, index, routed, now, 0))
+        elif before is not None:
+            self._ended(0)
+        return routing, call
+
+    async def _compute_experts(self, begun: _Open, ahead: list[int]) -> None:
+        """The experts of a layer as they land; the last ones of a short step are left for its end.
+        Raises ReadError."""
+        index, call, step = begun.index, begun.call, begun.step
+        self._fetch_ahead(step, index, ahead)
+        while some := await step.landed():
+            part = Part.LANDED if step.fresh else Part.RESIDENT
+            if self._inline and step.complete:
+                begun.last, begun.part = some, part
+                return
+            await self._compute(part, index, call.run, some, experts=len(some))
+            step.computed(some)
+            self._fetch_ahead(step, index, ahead)
+
+    async def _finish(self, x: Any) -> None:
+        """End the layer that is open, if one is."""
+        begun = self._open
+        if begun is None:
+            return
+        index, call, last = begun.index, begun.call, begun.last
+        if last:
+            await self._compute(begun.part, index, call.run, last, experts=len(last))
+        await self._compute(Part.FINISH, index, call.finish, x)
+        self._ended(time.perf_counter_ns() if self._tracer else 0)
+
+    def _ended(self, at_ns: int) -> None:
+        """The layer that was open has been computed."""
+        begun = self._open
+        assert begun is not None
+        if begun.last:
+            begun.step.computed(begun.last)
+        begun.step.close()
+        self._open = None
+        if self._tracer:
+            clock = self._store.clock
+            self._tracer.layer(begun.begin_ns, at_ns, begun.index, clock, self._stretches)
             self._stretches = []
 
     async def _predict(self, layer: Layer, x: Any) -> list[int]:
         """Experts that a layer will probably need, the most wanted first: its own router's word on
         the
         residual stream as it is before the layer below it has added its experts."""
-        routing = await self._compute(Part.ROUTE, layer.parameters.index, layer.route, x)
+        routing = await self._compute(Part.ROUTE, layer.parameters.index, layer.ops.guess, x)
         experts, counts = distinct(routing)
         order = np.argsort(-np.asarray(counts), kind="stable")
         self._predicted = (layer.parameters.index, time.perf_counter_ns(), experts)
@@ -257,18 +329,21 @@ class Forward:
     async def _compute(
         self, part: Part, layer: int, call: Callable[..., R], *args: Any, experts: int = 0
     ) -> R:
-        """Run compute: short steps here, long ones in the compute thread while the loop serves
-        reads.
-        A cancelled caller waits for the thread: it works on memory that the caller gives back."""
+        """As _run, and recorded."""
         begin = time.perf_counter_ns()
-        if self._inline:
-            result = call(*args)
-        else:
-            future = asyncio.get_running_loop().run_in_executor(self._thread, call, *args)
-            result = await finish(future)
+        result = await self._run(call, *args)
         if self._tracer:
             self._note(part, layer, begin, experts)
         return result
+
+    async def _run(self, call: Callable[..., R], *args: Any) -> R:
+        """Run compute: short steps here, long ones in the compute thread while the loop serves
+        reads. A cancelled caller waits for the thread: it works on memory that the caller gives
+        back."""
+        if self._inline:
+            return call(*args)
+        future = asyncio.get_running_loop().run_in_executor(self._thread, call, *args)
+        return await finish(future)
 
     def _note(self, part: Part, layer: int, begin: int, experts: int = 0) -> None:
         """A stretch of computing (or of waiting for a device that computes) ends now."""
@@ -282,7 +357,8 @@ class Forward:
 
     async def _yield(self, chunks: Sequence[Chunk]) -> None:
         now = time.perf_counter_ns()
-        if now - self._yielded_ns > _YIELD_NS:
+        since = now - self._yielded_ns
+        if since > _IDLE_YIELD_NS or (since > _YIELD_NS and not self._store.drive_idle):
             await asyncio.sleep(0)
             self._yielded_ns = now
         for chunk in chunks:

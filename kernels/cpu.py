@@ -10,6 +10,7 @@ nothing is allocated while tokens flow.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +24,7 @@ from fomoe.kernels.cpu_arrays import (
     Views,
     aligned_array,
 )
+from fomoe.kernels.cpu_layer import CpuLayer
 from fomoe.kernels.cpu_mixers import CpuMixer
 from fomoe.kernels.cpu_moe import CpuMoeCall, MoeEngine, MoePlan, SharedExpert, moe_shape
 from fomoe.kernels.cpu_plans import (
@@ -42,6 +44,7 @@ from fomoe.kernels.ops import (
     DeltaSpec,
     DeltaWeights,
     KvCache,
+    LayerParts,
     MoeSpec,
     Routing,
     Segment,
@@ -71,14 +74,14 @@ class CpuOps:
             raise MemoryError(f"could not start {num_threads} compute threads")
         self._views = Views()
         self._plans = Plans(self._pool, self._views, num_threads, max_tokens)
-        self._moe = MoeEngine(self._pool, self._serial, self._views, max_tokens)
-        self._routed = RoutedArrays(max_tokens)
+        self._moe = MoeEngine(self._pool, self._serial, self._views, num_threads, max_tokens)
+        self._routed, self._guessed = RoutedArrays(max_tokens), RoutedArrays(max_tokens)
         self._segments = Segments(self._views)
         self._linear_plans: dict[tuple[float | CpuWeight, ...], LinearPlan] = {}
         self._add_plans: dict[CpuWeight, LinearPlan] = {}
         self._attention_plans: dict[int, AttentionPlan] = {}  # by id of the layer's cache
         self._delta_plans: dict[int, DeltaPlan] = {}  # by id of the layer's convolution weight
-        self._mixers: dict[AttentionWeights | DeltaWeights, CpuMixer] = {}
+        self._mixers: dict[tuple[AttentionWeights | DeltaWeights, int], CpuMixer] = {}
         self._route_plans: dict[CpuWeight, RoutePlan] = {}
         self._moe_plans: dict[tuple[int, int], MoePlan] = {}
 
@@ -111,7 +114,7 @@ class CpuOps:
     def scratch_bytes(self) -> int:
         """Bytes of scratch held now; at most workspace_bytes of what was used."""
         scratch = self._plans.scratch.num_bytes + self._moe.memory.num_bytes
-        return scratch + self._routed.num_bytes
+        return scratch + self._routed.num_bytes + self._guessed.num_bytes
 
     @staticmethod
     def workspace_bytes(
@@ -131,7 +134,7 @@ class CpuOps:
         common += [delta_scratch(num_threads, spec) for spec in delta]
         common += [lib.fomoe_route_scratch(*t, s.hidden, s.num_experts) for s in moe]
         experts = [lib.fomoe_moe_bytes(*t, moe_shape(spec), shared_ff) for spec in moe]
-        routed = RoutedArrays.bytes_needed(max_tokens, moe)
+        routed = 2 * RoutedArrays.bytes_needed(max_tokens, moe)
         return max(common, default=0) + max(experts, default=0) + routed + 2 * HUGE_PAGE
 
     def reserve(
@@ -155,6 +158,7 @@ class CpuOps:
             self._plans.reserve(lib.fomoe_route_scratch(*t, spec.hidden, spec.num_experts))
             self._moe.reserve(lib.fomoe_moe_bytes(*t, moe_shape(spec), shared_ff))
             self._routed.reserve(spec)
+            self._guessed.reserve(spec)
 
     # ---- weights and activations ----
 
@@ -275,13 +279,7 @@ class CpuOps:
         cache: KvCache,
         segments: Sequence[Segment],
     ) -> None:
-        mixer = self._mixers.get(weights)
-        if mixer is None:
-            w = weights
-            step = self._plans.attention(w.spec, cache, w.q_norm, w.k_norm)
-            mixer = self._mixers[w] = CpuMixer(self._plans, self._views, step, w)
-        self._segments.update(segments)
-        mixer.run(x, buffers, self._segments)
+        self._run_mixer(self._mixer(weights, cache), x, buffers, segments)
 
     def mix_delta(
         self,
@@ -290,13 +288,32 @@ class CpuOps:
         buffers: Sequence[F32Array],
         segments: Sequence[Segment],
     ) -> None:
-        mixer = self._mixers.get(weights)
+        self._run_mixer(self._mixer(weights, None), x, buffers, segments)
+
+    def _mixer(self, weights: AttentionWeights | DeltaWeights, cache: KvCache | None) -> CpuMixer:
+        key = (weights, id(cache))
+        mixer = self._mixers.get(key)
         if mixer is None:
             w = weights
-            step = self._plans.delta(w.spec, w.layer, w.conv, w.dt_bias, w.a, w.out_norm)
-            mixer = self._mixers[w] = CpuMixer(self._plans, self._views, step, w)
+            step: AttentionPlan | DeltaPlan
+            if isinstance(w, AttentionWeights):
+                assert cache is not None, "attention without a cache"
+                step = self._plans.attention(w.spec, cache, w.q_norm, w.k_norm)
+            else:
+                step = self._plans.delta(w.spec, w.layer, w.conv, w.dt_bias, w.a, w.out_norm)
+            mixer = self._mixers[key] = CpuMixer(self._plans, self._views, step, w)
+        return mixer
+
+    def _run_mixer(
+        self,
+        mixer: CpuMixer,
+        x: F32Array,
+        buffers: Sequence[F32Array],
+        segments: Sequence[Segment],
+    ) -> None:
         self._segments.update(segments)
-        mixer.run(x, buffers, self._segments)
+        mixer.prepare(x, buffers, self._segments)
+        lib.fomoe_mixer_run(mixer.c)
 
     def route(
         self, spec: MoeSpec, x: F32Array, norm: F32Array, eps: float, router: CpuWeight
@@ -309,17 +326,32 @@ class CpuOps:
         if view.rows != plan.tokens:
             plan.set_outs(self._views, self._routed.take(spec, view.rows))
         lib.fomoe_route_run(plan.c, view.pointer, view.ld, view.rows, self._views.of(norm).pointer)
-        routing = Routing(*plan.arrays)
-        self._moe.routed = routing.ids, routing.weights, plan.c.ids, plan.c.weights
-        return routing
+        self._moe.routed = plan.picks
+        return Routing(*plan.arrays)
 
     def moe(self, spec: MoeSpec, routing: Routing, shared: SharedExpert | None) -> CpuMoeCall:
         """As in Ops; one call may be live at a time, and no route may come before its finish."""
+        return CpuMoeCall.begin(self._moe, self._moe_plan(spec, shared), routing)
+
+    def _moe_plan(self, spec: MoeSpec, shared: SharedExpert | None) -> MoePlan:
         key = (id(spec), id(shared))
         plan = self._moe_plans.get(key)
         if plan is None:
-            plan = self._moe_plans[key] = self._moe.plan(self.num_threads, spec, shared)
-        return CpuMoeCall(self._moe, plan, routing)
+            plan = self._moe_plans[key] = self._moe.plan(spec, shared)
+        return plan
+
+    def layer(self, parts: LayerParts) -> CpuLayer:
+        route = partial(self._plans.route, parts.moe, parts.router, parts.eps)
+        return CpuLayer(
+            parts,
+            views=self._views,
+            segments=self._segments,
+            make_mixer=partial(self._mixer, parts.mixer),
+            routes=(route(), route()),
+            routed=(self._routed, self._guessed),
+            engine=self._moe,
+            experts=self._moe_plan(parts.moe, parts.shared),
+        )
 
 
 def _set_isa(isa: str) -> None:

@@ -11,12 +11,11 @@ from fomoe.kernels.cpu_arrays import F32Array, Views
 from fomoe.kernels.cpu_plans import AttentionPlan, DeltaPlan, Plans
 from fomoe.kernels.cpu_segments import Segments
 from fomoe.kernels.ops import AttentionWeights, DeltaWeights
-from fomoe.native import ffi, lib
+from fomoe.native import ffi
 
 
 class CpuMixer:
-    """One layer's mixer. What stays from token to token is set once: a run is two comparisons and
-    the call."""
+    """One layer's mixer: the C struct `c`. What stays from token to token is set once."""
 
     def __init__(
         self,
@@ -30,22 +29,22 @@ class CpuMixer:
         self._output = plans.linear((weights.output,), 0.0, add=True)
         self._x: F32Array | None = None
         self._buffers: Sequence[F32Array] = ()
-        self._c = ffi.new("fomoe_mixer *")
-        self._c.inputs, self._c.output = self._inputs.c, self._output.c
-        self._c.norm = views.of(weights.norm).pointer
+        self.c = ffi.new("fomoe_mixer *")
+        self.c.inputs, self.c.output = self._inputs.c, self._output.c
+        self.c.norm = views.of(weights.norm).pointer
         if isinstance(step, AttentionPlan):
-            self._c.attention = step.c
+            self.c.attention = step.c
         else:
-            self._c.delta = step.c
+            self.c.delta = step.c
 
-    def run(self, x: F32Array, buffers: Sequence[F32Array], segments: Segments) -> None:
+    def prepare(self, x: F32Array, buffers: Sequence[F32Array], segments: Segments) -> None:
+        """Set what varies for a run."""
         if x is not self._x or buffers is not self._buffers:
             *ins, out = buffers
             self._inputs.set_outs(self._views, ins)
             self._step.bind(self._views, (*ins, out))
             self._output.set_outs(self._views, [x])
-            view, c = self._views.of(x), self._c
+            view, c = self._views.of(x), self.c
             c.x, c.ldx, c.tokens = view.pointer, view.ld, view.rows
             self._x, self._buffers = x, buffers
         self._step.follow(segments)
-        lib.fomoe_mixer_run(self._c)

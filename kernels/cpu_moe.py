@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fomoe.kernels.cpu_arrays import CpuWeight, F32Array, Scratch, Views
-from fomoe.kernels.ops import MoeSpec, Routing
+from fomoe.kernels.ops import MoeSpec, Resident, Routing
 from fomoe.native import ffi, lib
 
 SharedExpert = tuple[CpuWeight, CpuWeight, CpuWeight, CpuWeight | None]
@@ -39,11 +39,15 @@ def moe_shape(spec: MoeSpec) -> Any:
 class MoeEngine:
     """What the calls of one CpuOps share: threads, memory, and which call is the live one."""
 
-    def __init__(self, pool: Any, serial: Any, views: Views, max_tokens: int) -> None:
+    def __init__(
+        self, pool: Any, serial: Any, views: Views, num_threads: int, max_tokens: int
+    ) -> None:
         self.views = views
         self.max_tokens = max_tokens
+        self.last = ffi.new("fomoe_moe_last *")
+        self._num_threads = num_threads
         self.memory = Scratch()
-        self.live: CpuMoeCall | None = None
+        self.live: CpuMoeCall | None = None  # a later one takes its memory
         self.routed: tuple[Any, Any, Any, Any] = (None, None, None, None)
         self._pools = pool, serial
         self._layers: list[Any] = []  # C structs that hold the memory's pointer
@@ -54,12 +58,12 @@ class MoeEngine:
             for layer in self._layers:
                 layer.memory = self.memory.pointer
 
-    def plan(self, num_threads: int, spec: MoeSpec, shared: SharedExpert | None) -> MoePlan:
+    def plan(self, spec: MoeSpec, shared: SharedExpert | None) -> MoePlan:
         plan = MoePlan(spec, shared)
         layer = plan.layer
         layer.pool, layer.serial = self._pools
         self._layers.append(layer)
-        size = (num_threads, self.max_tokens)
+        size = (self._num_threads, self.max_tokens)
         self.reserve(lib.fomoe_moe_bytes(*size, moe_shape(spec), layer.shared_ff))
         layer.memory = self.memory.pointer
         return plan
@@ -99,32 +103,42 @@ class MoePlan:
 
 
 class CpuMoeCall:
-    """fomoe.kernels.ops.MoeCall. The other threads compute the shared expert from the beginning."""
+    """fomoe.kernels.ops.MoeCall, of a `moe` that C has begun: the other threads compute the shared
+    expert from then on."""
 
-    __slots__ = ("_engine", "_keep", "_moe", "_plan", "_routing")
+    __slots__ = ("_engine", "_moe", "_picks", "_plan", "_routing")
 
-    def __init__(self, engine: MoeEngine, plan: MoePlan, routing: Routing) -> None:
+    def __init__(self, engine: MoeEngine, plan: MoePlan, routing: Routing, moe: Any) -> None:
+        self._engine, self._plan, self._routing, self._moe = engine, plan, routing, moe
+        self._picks: tuple[Any, ...] = ()  # once they are told
+        engine.live = self
+
+    @classmethod
+    def begin(cls, engine: MoeEngine, plan: MoePlan, routing: Routing) -> CpuMoeCall:
         h = engine.views.of(routing.h)
         assert h.cols == plan.shape_key[1]
         assert h.rows <= engine.max_tokens, (h.rows, engine.max_tokens)
-        self._engine, self._plan, self._routing = engine, plan, routing
-        self._keep: tuple[Any, ...] = ()  # of the picks, once they are told
-        self._moe = lib.fomoe_moe_begin(plan.layer, h.pointer, h.ld, h.rows)
-        engine.live = self
+        return cls(engine, plan, routing, lib.fomoe_moe_begin(plan.layer, h.pointer, h.ld, h.rows))
 
-    def _pick(self) -> None:
-        routing = self._routing
-        shape = (len(routing.h), self._plan.shape_key[0])
-        self._keep = picks = self._engine.pick_pointers(routing, shape)
-        lib.fomoe_moe_pick(self._moe, picks[2], picks[3])
+    def _pick(self) -> tuple[Any, ...]:
+        shape = (len(self._routing.h), self._plan.shape_key[0])
+        self._picks = self._engine.pick_pointers(self._routing, shape)
+        return self._picks
 
-    def run(self, experts: Sequence[tuple[int, int, int, int]]) -> None:
+    def _tell(self) -> None:
+        _, _, ids, weights = self._pick()
+        lib.fomoe_moe_pick(self._moe, ids, weights)
+
+    def _fill(self, experts: Sequence[Resident]) -> Any:
+        array = self._plan.experts
+        array[0 : 4 * len(experts)] = list(chain.from_iterable(experts))
+        return array
+
+    def run(self, experts: Sequence[Resident]) -> None:
         assert self._engine.live is self
-        if not self._keep:
-            self._pick()
-        array, num = self._plan.experts, len(experts)
-        array[0 : 4 * num] = list(chain.from_iterable(experts))
-        rc = lib.fomoe_moe_run(self._moe, array, num)
+        if not self._picks:
+            self._tell()
+        rc = lib.fomoe_moe_run(self._moe, self._fill(experts), len(experts))
         assert rc == 0, f"an expert was given twice or does not exist: {experts}"
 
     def run_table(self, table: npt.NDArray[np.int64]) -> None:
@@ -132,6 +146,16 @@ class CpuMoeCall:
         picked = np.unique(self._routing.ids)
         here = picked[table[picked, 0] != 0].tolist()
         self.run([(e, *table[e].tolist()) for e in here])
+
+    def ending(self, experts: Sequence[Resident]) -> Any:
+        """What fomoe_layer_begin takes to run these experts, the last ones, and finish."""
+        assert self._engine.live is self
+        last = self._engine.last
+        last.moe, last.experts, last.num = self._moe, self._fill(experts), len(experts)
+        last.ids = ffi.NULL
+        if not self._picks:
+            _, _, last.ids, last.weights = self._pick()
+        return last
 
     def finish(self, x: F32Array) -> None:
         assert self._engine.live is self
@@ -143,8 +167,8 @@ class CpuMoeCall:
     def finish_some(self, x: F32Array) -> None:
         """As finish, with the picks whose experts have run: others are computed elsewhere."""
         assert self._engine.live is self
-        if not self._keep:
-            self._pick()
+        if not self._picks:
+            self._tell()
         view = self._engine.views.of(x)
         lib.fomoe_moe_finish_some(self._moe, view.pointer, view.ld)
         self._engine.live = None

@@ -120,7 +120,9 @@ class DeltaPlan(Plan):
 
 
 class RoutePlan(Plan):
-    """The router of one layer."""
+    """The router of one layer. `picks`: ids and weights, and their C pointers."""
+
+    __slots__ = ("picks",)
 
     def set_outs(self, views: Views, outs: tuple[F32Array, F32Array, I32Array, F32Array]) -> None:
         """Write h, logits, ids and weights to these arrays."""
@@ -130,6 +132,7 @@ class RoutePlan(Plan):
         self.c.logits, self.c.weights = views.of(logits).pointer, views.of(weights).pointer
         self.c.ids = ffi.from_buffer("int32_t[]", ids)
         self.arrays = outs
+        self.picks = ids, weights, self.c.ids, self.c.weights
 
 
 class Plans:

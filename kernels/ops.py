@@ -9,7 +9,7 @@ T below is the number of tokens of a step: the rows of all its segments, one aft
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -22,6 +22,8 @@ A = Any  # a float32 activation array of the backend, [tokens, width], rows cont
 W = Any  # a weight handle made by Ops.weight
 F32Array = npt.NDArray[np.float32]
 I32Array = npt.NDArray[np.int32]
+# An expert as compute takes it: its number, and the addresses of gate, up and down.
+Resident = tuple[int, int, int, int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -163,7 +165,7 @@ class MoeCall(Protocol):
     """The experts of one layer for the tokens of one step, computed in any order as they become
     available; the sum is taken in rank order, so the result does not depend on that order."""
 
-    def run(self, experts: Sequence[tuple[int, int, int, int]]) -> None:
+    def run(self, experts: Sequence[Resident]) -> None:
         """Compute the given (expert, gate address, up address, down address) for every token that
         picked them. Addresses are of host memory that stays valid until the call returns."""
 
@@ -199,6 +201,48 @@ class DeltaWeights:
     a: A
     out_norm: A
     output: W
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class LayerParts:
+    """A whole layer: its mixer, with room(T) giving the buffers that it takes for T tokens (the
+    same object for the same T), its router with the norm before it, and its experts."""
+
+    mixer: AttentionWeights | DeltaWeights
+    room: Callable[[int], Sequence[A]]
+    norm: A
+    eps: float
+    router: W
+    moe: MoeSpec
+    shared: tuple[W, W, W, W | None] | None
+
+
+class LayerOps(Protocol):
+    """One layer between two routings: what a host needs between them is nothing, and a backend may
+    do it in one go.
+
+    `marks`: when the parts of the latest begin were done, time.perf_counter_ns: the begin, the last
+    experts of the layer before, their sum, the mixer, the router.
+    """
+
+    @property
+    def marks(self) -> Sequence[int]: ...
+
+    def begin(
+        self,
+        x: A,
+        segments: Sequence[Segment],
+        cache: KvCache | None,
+        last: tuple[MoeCall, Sequence[Resident]] | None,
+    ) -> tuple[Routing, MoeCall]:
+        """Run the `last` experts of the layer before (its call, and what run takes, or nothing) and
+        finish it; then x += mixer(RMS(x)), route, and begin this layer's experts. `segments` is the
+        same object in all layers of a step; `cache` is None for a recurrent layer. The arrays of
+        the Routing are good until the next begin of any layer."""
+
+    def guess(self, x: A) -> Routing:
+        """What the router says of another layer's residual stream. Its arrays are good until the
+        next guess of any layer; h is of no use."""
 
 
 class Ops(Protocol):
@@ -305,29 +349,5 @@ class Ops(Protocol):
         """Begin a layer's experts. `shared`: gate, up, down, and the [1, hidden] sigmoid gate; that
         expert is computed in any case, some time before finish returns."""
 
-
-class UnfusedMixers:
-    """The mixers of a backend that does each operation by itself."""
-
-    def mix_attention(
-        self: Ops,
-        weights: AttentionWeights,
-        x: A,
-        buffers: Sequence[A],
-        cache: KvCache,
-        segments: Sequence[Segment],
-    ) -> None:
-        w, (q, k, v, out) = weights, buffers
-        self.linear(x, w.inputs, (q, k, v), norm=w.norm, eps=w.eps)
-        self.attention(w.spec, q, k, v, w.q_norm, w.k_norm, cache, segments, out)
-        self.linear_add(out, w.output, x)
-
-    def mix_delta(
-        self: Ops, weights: DeltaWeights, x: A, buffers: Sequence[A], segments: Sequence[Segment]
-    ) -> None:
-        w, (*ins, out) = weights, buffers
-        qkv, z, beta, alpha = ins
-        conv, bias, a, norm = w.conv, w.dt_bias, w.a, w.out_norm
-        self.linear(x, w.inputs, ins, norm=w.norm, eps=w.eps)
-        self.delta_net(w.spec, w.layer, qkv, z, beta, alpha, conv, bias, a, norm, segments, out)
-        self.linear_add(out, w.output, x)
+    def layer(self, parts: LayerParts) -> LayerOps:
+        """The operations of a layer together. UnfusedLayer does them one by one."""

@@ -19,13 +19,14 @@ from fomoe.kernels.ops import (
     DeltaSpec,
     F32Array,
     KvCache,
+    LayerParts,
     MoeSpec,
     Routing,
     Segment,
     Tensor,
-    UnfusedMixers,
 )
 from fomoe.kernels.table import QuantType
+from fomoe.kernels.unfused import UnfusedLayer, UnfusedMixers
 
 F64Array = npt.NDArray[np.float64]
 
@@ -196,6 +197,9 @@ class ReferenceOps(UnfusedMixers):
         shared: tuple[F64Array, F64Array, F64Array, F64Array | None] | None,
     ) -> ReferenceMoeCall:
         return ReferenceMoeCall(spec, routing, shared)
+
+    def layer(self, parts: LayerParts) -> UnfusedLayer:
+        return UnfusedLayer(self, parts)
 
 
 class ReferenceMoeCall:

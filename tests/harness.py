@@ -134,13 +134,18 @@ class Harness:
     def _forward(self, ids: npt.NDArray[np.int64], segments: list[Segment]) -> F32Array:
         embedding = self.weights.tensor(self.hp.embedding)
         x = self.model.embed(embedding.data.reshape(self.hp.vocab_size, -1)[ids])
+        last = None
         for layer, cache in zip(self.model.layers, self._caches, strict=True):
-            layer.mix(x, segments, cache)
-            routing = layer.route(x)
-            call = layer.experts(routing)
+            routing, call = layer.ops.begin(x, segments, cache, last)
             index = layer.parameters.index
-            call.run([self.weights.expert(index, int(e)) for e in np.unique(routing.ids)])
-            call.finish(x)
+            experts = [self.weights.expert(index, int(e)) for e in np.unique(routing.ids)]
+            if index % 2:  # some now, the others with the next layer
+                call.run(experts[:2])
+                del experts[:2]
+            last = call, experts
+        assert last is not None
+        call.run(experts)
+        call.finish(x)
         heads = [
             np.array(self.model.head(x[i : i + HEAD_ROWS])) for i in range(0, len(x), HEAD_ROWS)
         ]

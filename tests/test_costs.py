@@ -49,7 +49,7 @@ def model(tmp_path_factory):
 @pytest.fixture
 def calls(monkeypatch):
     counter = collections.Counter()
-    for module in ("cpu", "cpu_mixers", "cpu_moe", "cpu_plans"):
+    for module in ("cpu", "cpu_layer", "cpu_moe", "cpu_plans"):
         monkeypatch.setattr(f"fomoe.kernels.{module}.lib", CountedLib(counter))
     monkeypatch.setattr("fomoe.io.queued.lib", CountedLib(counter))
 
@@ -109,16 +109,13 @@ def counts_of_decode(model, counters, **options):
     return asyncio.run(asyncio.wait_for(main(), 60))
 
 
-# A layer is one call each for its mixer, its router, to begin its experts (which starts the shared
-# one), to say who picked whom, for the experts in memory, and for the sum.
+# What lies between two routings is one call; the last layer's experts have nothing after them.
 COMPUTE_CALLS = {
     "fomoe_embed_rows": 1,
-    "fomoe_mixer_run": LAYERS,
-    "fomoe_route_run": LAYERS,
-    "fomoe_moe_begin": LAYERS,
-    "fomoe_moe_pick": LAYERS,
-    "fomoe_moe_run": LAYERS,
-    "fomoe_moe_finish": LAYERS,
+    "fomoe_layer_begin": LAYERS,
+    "fomoe_moe_pick": 1,
+    "fomoe_moe_run": 1,
+    "fomoe_moe_finish": 1,
     "fomoe_linear_run": 1,  # the head
 }
 
@@ -146,11 +143,12 @@ def test_a_token_that_misses(model, calls, spawned, monkeypatch):
     # Direct reads are of whole pages: at most one more at either end of three slices.
     assert figures["bytes"] <= figures["drive_bytes"] <= figures["bytes"] + reads * 3 * 2 * 4096
     assert 0 < called["fomoe_reader_submit"] <= TOKENS * LAYERS, "the misses of a layer go at once"
-    # What lands while others are computed is computed together: at least one call a layer.
-    assert TOKENS * LAYERS <= called["fomoe_moe_run"] <= TOKENS * LAYERS + reads
-    del called["fomoe_moe_run"]
-    computed = {name: called[name] for name in COMPUTE_CALLS if name in called}
-    assert computed == {n: c * TOKENS for n, c in COMPUTE_CALLS.items() if n != "fomoe_moe_run"}
+    # What lands while others are computed is computed together; what is there before anything is
+    # missed goes with the next layer.
+    assert called["fomoe_layer_begin"] == TOKENS * LAYERS
+    assert TOKENS <= called["fomoe_moe_run"] <= TOKENS * LAYERS + reads
+    assert TOKENS <= called["fomoe_moe_pick"] <= TOKENS * LAYERS
+    assert called["fomoe_moe_finish"] == TOKENS
     assert called["mmap"] == 0
     assert started == {}
 

@@ -13,6 +13,7 @@ from fomoe.errors import UnsupportedError
 from fomoe.kernels import cpu_moe, cpu_plans
 from fomoe.kernels.cpu import ISA_NAMES, CpuOps
 from fomoe.kernels.cpu_arrays import Scratch
+from fomoe.kernels.cpu_layer import CpuLayer
 from fomoe.kernels.ops import (
     AttentionSpec,
     AttentionWeights,
@@ -20,14 +21,15 @@ from fomoe.kernels.ops import (
     DeltaState,
     DeltaWeights,
     KvCache,
+    LayerParts,
     MoeSpec,
     Routing,
     Segment,
     Tensor,
-    UnfusedMixers,
 )
 from fomoe.kernels.reference import ReferenceOps
 from fomoe.kernels.table import F16, F32, Q8_0, QuantType
+from fomoe.kernels.unfused import UnfusedLayer, UnfusedMixers
 from fomoe.native import ffi, lib
 
 Floats = npt.NDArray[np.float32]
@@ -426,6 +428,67 @@ def test_mixers_in_one_call_are_those_in_three(ops: CpuOps) -> None:
         got = fused.step(x, counts)
         assert np.array_equal(got, unfused.step(x, counts))
         assert not np.array_equal(got, x)
+
+
+class WholeLayers:
+    """Layers of attention and delta-net in turn, with experts, for one way of computing them."""
+
+    def __init__(self, o: Any, make_layer: Any) -> None:
+        random = rng(7)
+        self.o, self.mixed = o, MixedSequences(o, o)
+        self.experts = [Layer(moe_spec(), 1, shared_gate) for shared_gate in (True, None, False)]
+        mixers = (self.mixed.delta, self.mixed.attention, self.mixed.delta)
+        self.rooms: dict[tuple[int, int], Any] = {}
+        self.layers = [
+            make_layer(
+                LayerParts(
+                    mixer=mixer,
+                    room=lambda n, mixer=mixer: self.room(mixer, n),
+                    norm=normal(random, 96),
+                    eps=1e-6,
+                    router=o.weight(matrix(random, 12, 96)),
+                    moe=experts.spec,
+                    shared=experts.shared and tuple(t and o.weight(t) for t in experts.shared),
+                )
+            )
+            for mixer, experts in zip(mixers, self.experts, strict=True)
+        ]
+
+    def room(self, mixer: Any, tokens: int) -> Any:
+        widths = [w.rows for w in mixer.inputs] + [mixer.output.cols]
+        made = [self.o.buffer(tokens, width) for width in widths]
+        return self.rooms.setdefault((id(mixer), tokens), made)
+
+    def step(self, x: Floats, position: int) -> Floats:
+        x = x.copy()
+        m = self.mixed
+        segments = [Segment(0, len(x), position, m.pages[0], m.states[0])]
+        last = None
+        for i, (layer, experts) in enumerate(zip(self.layers, self.experts, strict=True)):
+            routing, call = layer.begin(x, segments, m.cache, last)
+            ids = routing.ids.copy()
+            if isinstance(layer, CpuLayer):
+                assert np.array_equal(layer.guess(x).ids, ids), "x has not changed since"
+            assert np.array_equal(routing.ids, ids)
+            picked = [experts.addresses(int(e)) for e in np.unique(routing.ids)]
+            if i == 1:
+                call.run(picked[:2])
+                del picked[:2]
+            last = call, picked
+            assert list(layer.marks) == sorted(layer.marks)
+        call.run(picked)
+        call.finish(x)
+        return x
+
+
+def test_layers_in_one_call_are_those_in_many(ops: CpuOps) -> None:
+    fused = WholeLayers(ops, ops.layer)
+    unfused = CpuOps(2, MAX_TOKENS, ops.isa)
+    several = WholeLayers(unfused, lambda parts: UnfusedLayer(unfused, parts))
+    for position, tokens in ((0, 9), (9, 1), (10, 1), (11, 5)):
+        x = normal(rng(position), tokens, 96)
+        assert np.array_equal(fused.step(x, position), several.step(x, position))
+    unfused.close()
 
 
 # ---- delta-net ----

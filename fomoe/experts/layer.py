@@ -13,9 +13,7 @@ from fomoe.experts.layout import ExpertLayout
 from fomoe.experts.ledger import Ledger
 from fomoe.experts.slots import SlotPool
 from fomoe.io.reader import ReadRequest
-
-# An expert as compute takes it: its number, and the addresses of gate, up and down.
-Resident = tuple[int, int, int, int]
+from fomoe.kernels.ops import Resident as Resident
 
 
 class LayerExperts:

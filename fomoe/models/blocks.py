@@ -7,8 +7,8 @@ which architecture composes them, which backend runs, where experts come from.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import accumulate, pairwise
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,8 @@ from fomoe.kernels.ops import (
     DeltaSpec,
     DeltaWeights,
     KvCache,
+    LayerOps,
+    LayerParts,
     MoeCall,
     Ops,
     Routing,
@@ -88,96 +90,95 @@ def _scratch_width(hp: HyperParameters) -> int:
     return max((*attention, *delta))
 
 
-class Mixer(Protocol):
-    """What mixes tokens with earlier ones."""
-
-    def mix(self, x: A, segments: Sequence[Segment], cache: KvCache | None) -> None:
-        """x += mixer(RMS(x)), in place."""
-
-
-class AttentionMixer:
+def attention_weights(builder: Builder, layer: int, spec: AttentionSpec) -> AttentionWeights:
     """Softmax attention over the cached tokens of each sequence."""
-
-    def __init__(self, builder: Builder, layer: int, spec: AttentionSpec) -> None:
-        p = f"blk.{layer}.attn_"
-        builder = builder.at(layer)
-        self._ops, self._workspace = builder.ops, builder.workspace
-        self._widths = attention_widths(spec)
-        self._weights = AttentionWeights(
-            spec=spec,
-            eps=builder.hp.eps,
-            norm=builder.vector(f"{p}norm.weight"),
-            inputs=builder.attention_inputs(layer, spec),
-            q_norm=builder.vector(f"{p}q_norm.weight"),
-            k_norm=builder.vector(f"{p}k_norm.weight"),
-            output=builder.weight(f"{p}output.weight"),
-        )
-
-    def mix(self, x: A, segments: Sequence[Segment], cache: KvCache | None) -> None:
-        assert cache is not None, "attention without a cache"
-        buffers = self._workspace.take(len(x), self._widths)
-        self._ops.mix_attention(self._weights, x, buffers, cache, segments)
+    builder = builder.at(layer)
+    p = f"blk.{layer}.attn_"
+    return AttentionWeights(
+        spec=spec,
+        eps=builder.hp.eps,
+        norm=builder.vector(f"{p}norm.weight"),
+        inputs=builder.attention_inputs(layer, spec),
+        q_norm=builder.vector(f"{p}q_norm.weight"),
+        k_norm=builder.vector(f"{p}k_norm.weight"),
+        output=builder.weight(f"{p}output.weight"),
+    )
 
 
-class DeltaMixer:
+def delta_weights(
+    builder: Builder, layer: int, spec: DeltaSpec, beta: Tensor, alpha: Tensor
+) -> DeltaWeights:
     """Gated delta-net: a recurrent state in each segment instead of a cache."""
-
-    def __init__(
-        self, builder: Builder, layer: int, spec: DeltaSpec, beta: Tensor, alpha: Tensor
-    ) -> None:
-        p = f"blk.{layer}."
-        builder = builder.at(layer)
-        self._ops, self._workspace = builder.ops, builder.workspace
-        self._widths = delta_widths(spec)
-        inputs = [
-            builder.weight(f"{p}attn_qkv.weight"),
-            builder.weight(f"{p}attn_gate.weight"),
-            builder.ops.weight(beta),
-            builder.ops.weight(alpha),
-        ]
-        self._weights = DeltaWeights(
-            layer=layer,
-            spec=spec,
-            eps=builder.hp.eps,
-            norm=builder.vector(f"{p}attn_norm.weight"),
-            inputs=inputs,
-            conv=builder.vector(f"{p}ssm_conv1d.weight"),
-            dt_bias=builder.vector(f"{p}ssm_dt.bias"),
-            a=builder.vector(f"{p}ssm_a"),
-            out_norm=builder.vector(f"{p}ssm_norm.weight"),
-            output=builder.weight(f"{p}ssm_out.weight"),
-        )
-
-    def mix(self, x: A, segments: Sequence[Segment], cache: KvCache | None) -> None:
-        buffers = self._workspace.take(len(x), self._widths)
-        self._ops.mix_delta(self._weights, x, buffers, segments)
+    builder = builder.at(layer)
+    p = f"blk.{layer}."
+    inputs = [
+        builder.weight(f"{p}attn_qkv.weight"),
+        builder.weight(f"{p}attn_gate.weight"),
+        builder.ops.weight(beta),
+        builder.ops.weight(alpha),
+    ]
+    return DeltaWeights(
+        layer=layer,
+        spec=spec,
+        eps=builder.hp.eps,
+        norm=builder.vector(f"{p}attn_norm.weight"),
+        inputs=inputs,
+        conv=builder.vector(f"{p}ssm_conv1d.weight"),
+        dt_bias=builder.vector(f"{p}ssm_dt.bias"),
+        a=builder.vector(f"{p}ssm_a"),
+        out_norm=builder.vector(f"{p}ssm_norm.weight"),
+        output=builder.weight(f"{p}ssm_out.weight"),
+    )
 
 
 class Layer:
-    """One trunk layer, in the steps between which the engine reads experts."""
+    """One trunk layer. A host computes it as `ops`, from one routing to the next; where a device
+    is told what to do without waiting for it, in the steps mix, route and experts."""
 
     def __init__(
-        self, builder: Builder, parameters: LayerParameters, mixer: Mixer, ffn_norm: str
+        self,
+        builder: Builder,
+        parameters: LayerParameters,
+        mixer: AttentionWeights | DeltaWeights,
+        ffn_norm: str,
     ) -> None:
         p = f"blk.{parameters.index}."
         builder = builder.at(parameters.index)
         self.parameters = parameters
-        self._ops, self._mixer, self._eps = builder.ops, mixer, builder.hp.eps
-        self._norm = builder.vector(p + ffn_norm)
-        self._router = builder.weight(f"{p}ffn_gate_inp.weight")
-        self._shared = builder.shared_expert(parameters) if parameters.shared_ff else None
+        self._ops = builder.ops
+        widths = (
+            attention_widths(mixer.spec)
+            if isinstance(mixer, AttentionWeights)
+            else delta_widths(mixer.spec)
+        )
+        self._parts = LayerParts(
+            mixer=mixer,
+            room=partial(builder.workspace.take, widths=widths),
+            norm=builder.vector(p + ffn_norm),
+            eps=builder.hp.eps,
+            router=builder.weight(f"{p}ffn_gate_inp.weight"),
+            moe=parameters.moe,
+            shared=builder.shared_expert(parameters) if parameters.shared_ff else None,
+        )
+        self.ops: LayerOps = builder.ops.layer(self._parts)
 
     def mix(self, x: A, segments: Sequence[Segment], cache: KvCache | None) -> None:
         """x += Mixer(RMS(x)), in place. x [T, hidden]; `cache` is None for a recurrent layer."""
-        self._mixer.mix(x, segments, cache)
+        mixer, buffers = self._parts.mixer, self._parts.room(len(x))
+        if isinstance(mixer, DeltaWeights):
+            self._ops.mix_delta(mixer, x, buffers, segments)
+        else:
+            assert cache is not None, "attention without a cache"
+            self._ops.mix_attention(mixer, x, buffers, cache, segments)
 
     def route(self, x: A) -> Routing:
         """What the router says of x [T, hidden], which may be another layer's residual stream."""
-        return self._ops.route(self.parameters.moe, x, self._norm, self._eps, self._router)
+        p = self._parts
+        return self._ops.route(p.moe, x, p.norm, p.eps, p.router)
 
     def experts(self, routing: Routing) -> MoeCall:
         """Begin the experts of this layer. The shared one may be computed from now on."""
-        return self._ops.moe(self.parameters.moe, routing, self._shared)
+        return self._ops.moe(self._parts.moe, routing, self._parts.shared)
 
 
 class Model:

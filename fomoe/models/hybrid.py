@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from fomoe.kernels.ops import AttentionSpec, DeltaSpec, Tensor
+from fomoe.kernels.ops import AttentionSpec, AttentionWeights, DeltaSpec, DeltaWeights, Tensor
 from fomoe.models.base import HyperParameters, LayerParameters, WeightSource
-from fomoe.models.blocks import AttentionMixer, Backends, Builder, DeltaMixer, Layer, Mixer, Model
+from fomoe.models.blocks import Backends, Builder, Layer, Model, attention_weights, delta_weights
 from fomoe.models.outline import Outline
 
 # The name is historical: it is the norm before the experts.
@@ -52,11 +52,11 @@ def build(
 ) -> Model:
     builder = Builder(hp, ops, weights, max_tokens)
 
-    def mixer(parameters: LayerParameters) -> Mixer:
+    def mixer(parameters: LayerParameters) -> AttentionWeights | DeltaWeights:
         i, delta = parameters.index, parameters.delta
         if delta:
-            return DeltaMixer(builder, i, delta, *gates(builder, i, delta))
+            return delta_weights(builder, i, delta, *gates(builder, i, delta))
         assert parameters.attention
-        return AttentionMixer(builder, i, parameters.attention)
+        return attention_weights(builder, i, parameters.attention)
 
     return Model(builder, [Layer(builder, p, mixer(p), FFN_NORM) for p in hp.layers])

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from fomoe.gguf import GgufFile
 from fomoe.models.base import HyperParameters, LayerParameters, WeightSource
-from fomoe.models.blocks import AttentionMixer, Backends, Builder, Layer, Model
+from fomoe.models.blocks import Backends, Builder, Layer, Model, attention_weights
 from fomoe.models.outline import Outline
 
 FFN_NORM = "ffn_norm.weight"
@@ -33,5 +33,5 @@ def build(hp: HyperParameters, ops: Backends, weights: WeightSource, *, max_toke
     layers = []
     for p in hp.layers:
         assert p.attention
-        layers.append(Layer(builder, p, AttentionMixer(builder, p.index, p.attention), FFN_NORM))
+        layers.append(Layer(builder, p, attention_weights(builder, p.index, p.attention), FFN_NORM))
     return Model(builder, layers)
