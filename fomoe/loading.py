@@ -132,7 +132,9 @@ async def load(
             held = _held(
                 gguf, hp, options, CpuOps.workspace_bytes(threads, options.ubatch, **shapes)
             )
-        plan = _plan(gguf, hp, options, layouts, held)
+        table = gguf.tensors[hp.embedding]
+        table_bytes = 0 if fleet or hp.tied_head else region_bytes(table, reader.alignment)
+        plan = _plan(gguf, hp, options, layouts, held, table_bytes)
         if fleet:
             plan = replace(plan, devices=tuple(fleet.plans))
         if on_plan:
@@ -149,19 +151,19 @@ async def load(
         # Closing is idempotent; memory goes after the reader says that nothing is in flight.
         exits.callback(arena.close)
         exits.push_async_callback(reader.close)
-        tied = None
+        held_table = None
         if fleet:
             model, rate = await fleet.load(arena, reader, progress, exits)
         else:
-            weights = DenseWeights(gguf, hp.dense_tensors, arena, reader.alignment)
+            names = {*hp.dense_tensors, *[hp.embedding] * plan.holds_embedding}
+            weights = DenseWeights(gguf, [*names], arena, reader.alignment)
             rate = await weights.load(reader, progress)
             ops = CpuOps(threads, options.ubatch, options.cpu_isa)
             exits.callback(ops.close)
             ops.reserve(**shapes)
             model = models.build(hp, ops, weights, max_tokens=options.ubatch)
-            tied = weights.tensor(hp.embedding) if hp.tied_head else None
-        table = gguf.tensors[hp.embedding]
-        embedding = EmbeddingRows(table, options.ubatch, arena, reader, tied)
+            held_table = weights.tensor(hp.embedding) if hp.embedding in names else None
+        embedding = EmbeddingRows(table, options.ubatch, arena, reader, held_table)
         states = StatePool(
             hp,
             context=options.context,
@@ -270,6 +272,7 @@ def _plan(
     options: EngineOptions,
     layouts: list[ExpertLayout],
     held: list[tuple[str, int]],
+    embedding_bytes: int,
 ) -> MemoryPlan:
     """`held`: what is kept in memory beside the process and the experts, (name, bytes)."""
     process = host.resident_bytes() + _ALLOWANCE
@@ -296,6 +299,7 @@ def _plan(
         fixed=[(name, size) for name, size in fixed if size],
         layers=needs,
         expert_bytes_per_token=per_token,
+        embedding_bytes=embedding_bytes,
         cache_share=options.cache_share,
     )
 

@@ -54,6 +54,7 @@ class MemoryPlan:
     classes: tuple[SlotClass, ...]
     num_experts: int
     streamed_bytes_per_token: int
+    holds_embedding: bool = False
     devices: tuple[DevicePlan, ...] = ()
 
     @property
@@ -106,10 +107,12 @@ def make_plan(
     fixed: Sequence[tuple[str, int]],
     layers: Sequence[LayerNeed],
     expert_bytes_per_token: int,
+    embedding_bytes: int = 0,
     cache_share: float = 1.0,
 ) -> MemoryPlan:
     """Divide `budget` bytes (None: most of `available`, but no more than there is use for).
-    No layer gets slots for more than `cache_share` of its experts.
+    No layer gets slots for more than `cache_share` of its experts. The embedding (0: it is not in
+    question) is held where there is room for it beside every expert: nothing is read then.
 
     Raises BudgetError, with the number that would do, when one layer's working set does not fit.
     """
@@ -123,7 +126,7 @@ def make_plan(
     )
     source = "given"
     if budget is None:
-        budget = min(int(available * _HEADROOM), fixed_bytes + everything)
+        budget = min(int(available * _HEADROOM), fixed_bytes + everything + embedding_bytes)
         source = f"planned from {format_size(available)} free"
     if budget < minimum:
         raise BudgetError(
@@ -134,6 +137,9 @@ def make_plan(
             "with --dram, or shorten the context (-c) or the step (-ub)"
         )
     room = budget - fixed_bytes
+    holds_embedding = 0 < embedding_bytes <= room - everything and cache_share == 1.0
+    if holds_embedding:
+        fixed = [*fixed, ("embedding", embedding_bytes)]
     if room >= everything and cache_share == 1.0:
         quota = [layer.num_experts for layer in layers]
         transit = dict.fromkeys(by_size, 0)
@@ -155,6 +161,7 @@ def make_plan(
         ),
         num_experts=sum(layer.num_experts for layer in layers),
         streamed_bytes_per_token=expert_bytes_per_token,
+        holds_embedding=holds_embedding,
     )
 
 

@@ -153,7 +153,7 @@ class EmbeddingRows:
     """Rows of token_embd as they lie in the file, for up to `max_tokens` tokens of a step.
 
     Not loaded: a row of a large model is a few KB, its table a GB. `resident` is the table itself
-    where the model needs it in memory anyway (tied to the output head).
+    where it is in memory all the same: tied to the output head, or held beside every expert.
     """
 
     def __init__(

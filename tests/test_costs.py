@@ -129,11 +129,7 @@ def test_a_token_with_all_experts_in_memory(model, calls, spawned):
 
 
 def test_a_token_that_misses(model, calls, spawned, monkeypatch):
-    # What the tests before this one left in memory is not to decide how many slots there are.
-    monkeypatch.setattr("fomoe.host.resident_bytes", lambda: 100 << 20)
-    with pytest.raises(BudgetError) as refusal:
-        asyncio.run(open_and_close(model, dram=1 << 20))
-    least = int(str(refusal.value).split("needs ")[1].split(" MiB")[0]) << 20
+    least = least_budget(model, monkeypatch)
     calls.clear()
     figures, called, started = counts_of_decode(model, [calls, spawned], dram=least, prefetch="off")
     reads = figures["picks"] - figures["hits"]
@@ -153,24 +149,37 @@ def test_a_token_that_misses(model, calls, spawned, monkeypatch):
     assert started == {}
 
 
+def least_budget(model, monkeypatch):
+    # What the tests before this one left in memory is not to decide how many slots there are.
+    monkeypatch.setattr("fomoe.host.resident_bytes", lambda: 100 << 20)
+    with pytest.raises(BudgetError) as refusal:
+        asyncio.run(open_and_close(model, dram=1 << 20))
+    return int(str(refusal.value).split("needs ")[1].split(" MiB")[0]) << 20
+
+
 async def open_and_close(model, **options):
     async with Engine.open(model, **OPTIONS, **options):
         pass
 
 
-def test_a_new_word_costs_one_read_of_its_embedding(model, calls):
-    async def main():
-        async with Engine.open(model, **OPTIONS, dram="1GiB") as engine:
-            async for _ in engine.feed([PROMPT, [100], [101], [100]], max_tokens=64):
-                stats = engine.loaded.reader.stats
-                experts = (
-                    engine.stats().prompt.expert_reads + engine.stats().generation.expert_reads
-                )
-                yield stats.reads - experts
-
-    async def collect():
-        return [reads async for reads in main()]
-
-    first, *rest = asyncio.run(asyncio.wait_for(collect(), 60))
+async def reads_of_new_words(model, **options):
+    """Reads that were not experts', after each word of 100, 101 and 100 again."""
+    async with Engine.open(model, **OPTIONS, **options) as engine:
+        reads = []
+        async for _ in engine.feed([PROMPT, [100], [101], [100]], max_tokens=64):
+            stats = engine.stats()
+            experts = stats.prompt.expert_reads + stats.generation.expert_reads
+            reads.append(engine.loaded.reader.stats.reads - experts)
     # The dense weights and the prompt's rows come before.
-    assert [n - first for n in rest] == [1, 2, 2]
+    return [n - reads[0] for n in reads[1:]]
+
+
+def test_a_new_word_costs_one_read_of_its_embedding(model, monkeypatch):
+    budget = least_budget(model, monkeypatch)
+    reads = reads_of_new_words(model, dram=budget, prefetch="off")
+    assert asyncio.run(asyncio.wait_for(reads, 60)) == [1, 2, 2]
+
+
+def test_with_everything_in_memory_a_new_word_costs_no_read(model):
+    reads = reads_of_new_words(model, dram="1GiB")
+    assert asyncio.run(asyncio.wait_for(reads, 60)) == [0, 0, 0]

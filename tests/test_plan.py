@@ -37,6 +37,19 @@ def test_with_room_for_everything_nothing_travels():
     assert [c.transit for c in p.classes] == [0, 0]
 
 
+def test_the_embedding_is_held_where_every_expert_is():
+    whole = 120 * MIB + EVERYTHING
+    assert plan(None, embedding_bytes=30 * MIB).budget == whole + 30 * MIB
+    held = plan(whole + 30 * MIB, embedding_bytes=30 * MIB)
+    assert held.holds_embedding
+    assert held.all_resident
+    assert held.total_bytes == whole + 30 * MIB
+    for p in (plan(whole + 29 * MIB, embedding_bytes=30 * MIB), plan(whole + 30 * MIB)):
+        assert p.all_resident
+        assert not p.holds_embedding
+        assert p.total_bytes == whole
+
+
 def test_a_share_of_the_experts_does_not_depend_on_the_budget():
     small = plan(None, cache_share=0.17)
     assert small.quota == (10,) * 6
