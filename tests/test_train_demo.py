@@ -106,6 +106,34 @@ def test_begins_with_random_weights_and_plain_products(tmp_path: Path, train: Ru
     assert after < 3
 
 
+def test_quantises_with_the_program_it_is_given(tmp_path: Path, train: Run) -> None:
+    source = write_toy(tmp_path / "toy.gguf")
+    np.save(tmp_path / "ids.npy", np.arange(400, dtype=np.uint16) % 7)
+    program = tmp_path / "quantize"
+    program.write_text('#!/bin/sh\n[ "$3" = Q4_K_M ] && cp "$1" "$2"\n')
+    program.chmod(0o755)
+    arguments = (tmp_path / "ids.npy", "--from", source, "--steps", "1", "--time", "40")
+    out = tmp_path / "out-f16.gguf"
+    status, printed, complaint = train(*arguments, "--out", out, "--quantize-with", program)
+    assert status == 0, complaint
+    assert (tmp_path / "out-q4_k_m.gguf").read_bytes() == out.read_bytes()
+    assert "out-q4_k_m.gguf" in printed
+    program.write_text("#!/bin/sh\necho no such type >&2; exit 3\n")
+    status, _, complaint = train(*arguments, "--out", out, "--quantize-with", program)
+    assert status == 1
+    assert "no such type" in complaint
+
+
+def test_forward_makes_its_tensors_where_the_weights_are(tmp_path: Path) -> None:
+    model = DemoFile.read(write_toy(tmp_path / "toy.gguf"))
+    ids = torch.arange(100)[None] % model.shape.vocab
+    with torch.no_grad():
+        logits, _ = forward(model.weights, model.shape, ids)
+        with torch.device("meta"):  # where tensors go that are not told; they cannot be mixed
+            again, _ = forward(model.weights, model.shape, ids)
+    assert torch.equal(logits, again)
+
+
 def test_refuses_a_text_without_a_sequence(tmp_path: Path, train: Run) -> None:
     source = write_toy(tmp_path / "toy.gguf")
     (tmp_path / "text.txt").write_text(TEXT)

@@ -61,7 +61,7 @@ class DemoFile:
                 writer.add_key_value(field.name, field.contents(), kind, inner)
         writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
         for name, tensor in weights.items():
-            array = tensor.detach().float().numpy()
+            array = tensor.detach().float().cpu().numpy()
             if is_matrix(name, tensor):
                 writer.add_tensor(name, array.astype(np.float16), raw_dtype=QType.F16)
             else:

@@ -1,7 +1,7 @@
 """The qwen35moe of tools/train_demo: a differentiable forward over tensors named as in GGUF.
 
 Owns: the forward of a whole batch (chunked delta rule, gated attention, routed and shared experts)
-and what a step needs to know of the routing. Does not know: files, text, optimisers.
+and measures of its routing. Does not know: files, text, optimisers.
 
 Weights lie as GGUF lays them out (V heads tiled over K heads, query and gate interleaved by head,
 norms as plain factors), so that a file is read and written without a conversion.
@@ -124,8 +124,8 @@ def group(ids: Tensor, experts: int) -> tuple[Tensor, list[int]]:
     counts = torch.bincount(flat, minlength=experts)
     padded = (counts + ROWS - 1) // ROWS * ROWS
     shift = (padded.cumsum(0) - padded) - (counts.cumsum(0) - counts)
-    picks = torch.full((int(padded.sum()),), len(flat))
-    picks[torch.arange(len(flat)) + shift[flat[order]]] = order
+    picks = torch.full((int(padded.sum()),), len(flat), device=ids.device)
+    picks[torch.arange(len(flat), device=ids.device) + shift[flat[order]]] = order
     return picks, padded.tolist()
 
 
@@ -151,8 +151,8 @@ def attention(part: Weights, shape: Shape, x: Tensor) -> Tensor:
 def rope(x: Tensor, shape: Shape) -> Tensor:
     """Rotates the first dimensions of x [batch, time, heads, dim], pairs a half apart (NEOX)."""
     half = shape.rope_dims // 2
-    step = torch.arange(half, dtype=torch.float64) / half
-    position = torch.arange(x.shape[1], dtype=torch.float64)
+    step = torch.arange(half, dtype=torch.float64, device=x.device) / half
+    position = torch.arange(x.shape[1], dtype=torch.float64, device=x.device)
     angle = (position[:, None] * shape.rope_base**-step)[:, None]
     cos, sin = angle.cos().float(), angle.sin().float()
     a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
@@ -190,7 +190,7 @@ def delta_rule(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor) -> 
     q, k, v = (F.pad(a, (0, 0, 0, pad)).unflatten(2, (-1, CHUNK)) for a in (q, k, v))
     decay, beta = (F.pad(a, (0, pad)).unflatten(2, (-1, CHUNK)) for a in (decay, beta))
     total = decay.cumsum(-1)
-    lower = torch.ones(CHUNK, CHUNK, dtype=torch.bool).tril()
+    lower = torch.ones(CHUNK, CHUNK, dtype=torch.bool, device=q.device).tril()
     # Masked before exp: above the diagonal it would overflow.
     ratio = (total[..., :, None] - total[..., None, :]).masked_fill(~lower, -torch.inf).exp()
     system = (beta[..., None] * (k @ k.mT) * ratio).tril(-1)
@@ -212,3 +212,28 @@ def delta_rule(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor) -> 
         outputs.append(read @ state + inside @ new)
         state = shrink * state + write @ new
     return torch.stack(outputs, 2).flatten(2, 3)[:, :, :time]
+
+
+def imbalance(routing: Routing, shape: Shape) -> Tensor:
+    """Fedus et al. 2021, arXiv:2101.03961, equation 4: 1 for even use, `experts` for one alone.
+
+    Taken over a micro-batch of unrelated passages, so that a passage may prefer its own experts.
+    """
+    counts = torch.bincount(routing.ids.flatten(), minlength=shape.experts)
+    share = counts / routing.ids.numel()
+    return shape.experts * (share * routing.probabilities.mean(0)).sum()
+
+
+def describe(picked: Tensor, shape: Shape) -> str:
+    """Of picks [sequences, time, layers, k]: overlap of neighbours, skew of use."""
+    used = F.one_hot(picked, shape.experts).sum(3).float()
+    overlap = (used[:, 1:] * used[:, :-1]).sum((0, 1, 3)) / used[:, 1:].sum((0, 1, 3))
+    use = used.mean((0, 1)).sort(descending=True).values / shape.top_k
+    top = use[:, : shape.experts // 4].sum(1)
+    effective = (-(use * use.clamp_min(1e-9).log()).sum(1)).exp()
+    layers = " ".join(f"{100 * x:.0f}" for x in overlap)
+    return (
+        f"of a token's experts the previous had {100 * overlap.mean():.1f} % (by layer {layers}); "
+        f"the most used quarter takes {100 * top.mean():.0f} %, "
+        f"{effective.mean():.1f} experts in effect"
+    )
