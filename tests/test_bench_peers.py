@@ -58,6 +58,21 @@ def test_compares_with_the_best_peer(tmp_path: Path) -> None:
     assert (tmp_path / "fomoe.log").read_text().splitlines() == [f"bench --dram 9GiB {common}"] * 2
 
 
+def test_a_test_that_is_repeated_has_a_line_of_its_own(tmp_path: Path) -> None:
+    ours, peer = fake_bench(tmp_path / "fomoe", {}), fake_bench(tmp_path / "peer", {})
+    for program, rates in ((ours, (12.0, 30.0)), (peer, (8.0, 8.0))):
+        rows = [{"n_prompt": 256, "n_gen": 0, "avg_ts": rate} for rate in rates]
+        if program is ours:
+            rows[1]["read_gb_per_second"] = 0.8
+        program.with_suffix(".py").write_text(f"print({json.dumps(rows)!r})")
+    done = run("--fomoe", str(ours), "--peer", f"peer={peer}", "--rounds", "1")
+    lines = done.stdout.splitlines()
+    assert lines[-4].startswith("| pp256 | 12.00 ")
+    assert lines[-4].endswith("| 1.50 |")
+    assert lines[-3].startswith("| pp256 again | 30.00 ")
+    assert lines[-1] == "fomoe read, GB/s: pp256 again 0.80"
+
+
 @pytest.mark.parametrize("missing", [False, True])
 def test_goes_on_without_a_program_that_fails(tmp_path: Path, missing: bool) -> None:
     good = fake_bench(tmp_path / "good", {"tg": 20.0})
