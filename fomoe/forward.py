@@ -235,7 +235,7 @@ class Forward:
         Raises ReadError."""
         index, call, step = begun.index, begun.call, begun.step
         self._fetch_ahead(step, index, ahead)
-        while some := await step.landed():
+        while some := await step.landed(at_once=self._inline):
             part = Part.LANDED if step.fresh else Part.RESIDENT
             if self._inline and step.complete:
                 begun.last, begun.part = some, part

@@ -78,6 +78,8 @@ class Stats:
         if self.residency:
             result += _prefetch_lines(self.residency)
             result += car_lines(self.residency)
+        if self.landed_to_compute_us is not None:
+            result.append(f"landed      to compute in {self.landed_to_compute_us:.0f} us (median)")
         if self.planned_bytes:
             peak, planned = format_size(self.peak_bytes), format_size(self.planned_bytes)
             result.append(f"memory      {peak} at most, {planned} planned")

@@ -57,7 +57,7 @@ class QueuedReader:
         self.direct = files.direct
         self.alignment = files.alignment
         self.options = options
-        self.stats = ReaderStats()
+        self._stats = ReaderStats()
         self.registered_bytes = 0
         self._why_unregistered = ""
         self._loop = loop
@@ -74,7 +74,7 @@ class QueuedReader:
         except OSError:
             os.close(self._event_fd)
             raise
-        loop.add_reader(self._event_fd, self._on_ready)
+        loop.add_reader(self._event_fd, self.land)
 
     def _open(self, open_native: Callable[..., int]) -> Any:
         limit = 1 << 30
@@ -101,6 +101,18 @@ class QueuedReader:
             self.name,
         )
         return reader[0]
+
+    @property
+    def stats(self) -> ReaderStats:
+        """As Reader.stats."""
+        stats, counts = self._stats, self._counts
+        if self._reader is not None:
+            lib.fomoe_reader_counts(self._reader, counts)
+        stats.bytes = counts.bytes
+        stats.retries = counts.retries
+        stats.short_reads = counts.short_reads
+        stats.in_flight_bytes = counts.in_flight_bytes
+        return stats
 
     def describe(self) -> str:
         """One line for people: what was chosen, and why not better."""
@@ -147,7 +159,6 @@ class QueuedReader:
             self._requests[ident] = request
             self._ids[request] = ident
         check(result, f"{self.name}: submitting reads")
-        self._update_counts()
 
     def cancel(self, request: ReadRequest) -> bool:
         """As Reader.cancel; `done` is called before this returns True."""
@@ -166,13 +177,12 @@ class QueuedReader:
         if ident is None or self.cancel(request):
             return
         if lib.fomoe_reader_abandon(self._reader, ident):
-            self._loop.call_soon(self._on_ready)
+            self._loop.call_soon(self.land)
 
     def promote(self, request: ReadRequest) -> None:
         ident = self._ids.get(request)
         if ident is not None:
             check(lib.fomoe_reader_promote(self._reader, ident), f"{self.name}: promoting")
-            self._update_counts()
 
     def idle(self) -> bool:
         return not self._requests
@@ -182,7 +192,7 @@ class QueuedReader:
             return
         self._closing = True
         lib.fomoe_reader_stop(self._reader)
-        self._on_ready()
+        self.land()
         try:
             if self._requests:
                 self._idle = self._idle or self._loop.create_future()
@@ -197,21 +207,24 @@ class QueuedReader:
         self._closing = True
         lib.fomoe_reader_stop(self._reader)
         check(lib.fomoe_reader_drain(self._reader), f"{self.name}: waiting for reads to land")
-        self._on_ready()
+        self.land()
         self._loop.remove_reader(self._event_fd)
+        lib.fomoe_reader_counts(self._reader, self._counts)
         lib.fomoe_reader_close(self._reader)
         self._reader = None
         os.close(self._event_fd)
         self.files.close()
 
-    def _on_ready(self) -> None:
+    def fileno(self) -> int:
+        return self._event_fd
+
+    def land(self) -> None:
         """Reap until nothing has landed that was not handed out."""
         while self._reader is not None:
             count = check(
                 lib.fomoe_reader_reap(self._reader, self._landings, _LANDINGS_A_CALL),
                 f"{self.name}: reaping reads",
             )
-            self._update_counts()
             # All out before the first callback: one that submits may get an id that is free now.
             landings = _LANDING.iter_unpack(self._landings_buffer[: count * _LANDING.size])
             for request in [self._land(*landing) for landing in landings]:
@@ -230,10 +243,10 @@ class QueuedReader:
         if error == errno.ECANCELED:
             request.cancelled = True
         elif error:
-            self.stats.errors += 1
+            self._stats.errors += 1
             request.error = self._explain(request, error, file, offset)
         else:
-            self.stats.reads += 1
+            self._stats.reads += 1
         return request
 
     def _forget(self, ident: int) -> ReadRequest:
@@ -258,11 +271,3 @@ class QueuedReader:
             self._loop.call_exception_handler(
                 {"message": f"the callback of a read failed: {request.what}", "exception": error}
             )
-
-    def _update_counts(self) -> None:
-        counts = self._counts
-        lib.fomoe_reader_counts(self._reader, counts)
-        self.stats.bytes = counts.bytes
-        self.stats.retries = counts.retries
-        self.stats.short_reads = counts.short_reads
-        self.stats.in_flight_bytes = counts.in_flight_bytes

@@ -70,7 +70,10 @@ class Reader(Protocol):
     name: str  # "io_uring" or "threads"
     direct: bool
     alignment: int  # of offset, length and address when direct; 1 otherwise
-    stats: ReaderStats
+
+    @property
+    def stats(self) -> ReaderStats:
+        """Counters as of now."""
 
     def describe(self) -> str:
         """One line for people: the way of reading that was chosen, and why not a better one."""
@@ -93,6 +96,13 @@ class Reader(Protocol):
 
     def promote(self, request: ReadRequest) -> None:
         """A background request is now waited for: move what is left of it to the demand queue."""
+
+    def fileno(self) -> int:
+        """A descriptor that is readable when something may have landed, for who cannot wait for
+        the event loop's turn (see land)."""
+
+    def land(self) -> None:
+        """Call `done` of what has landed by now."""
 
     def idle(self) -> bool:
         """True when nothing is queued or in flight."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import select
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -114,12 +115,23 @@ class ReplicaReader:
         self.name = readers[0].name
         self.direct = all(reader.direct for reader in readers)
         self.alignment = max(reader.alignment for reader in readers)
-        self.stats = ReaderStats()
+        self._stats = ReaderStats()
         self._replicas = [
             _Replica(reader, place) for reader, place in zip(readers, places, strict=True)
         ]
         self._wholes: dict[ReadRequest, _Whole] = {}
         self._closing = False
+        self._epoll: select.epoll | None = None
+
+    @property
+    def stats(self) -> ReaderStats:
+        """Of all drives together; requests are counted whole."""
+        parts = [replica.reader.stats for replica in self._replicas]
+        self._stats.bytes = sum(part.bytes for part in parts)
+        self._stats.retries = sum(part.retries for part in parts)
+        self._stats.short_reads = sum(part.short_reads for part in parts)
+        self._stats.in_flight_bytes = sum(part.in_flight_bytes for part in parts)
+        return self._stats
 
     def describe(self) -> str:
         """One line: how each drive is read."""
@@ -182,6 +194,17 @@ class ReplicaReader:
             replica.outstanding[Priority.DEMAND] += num_bytes
             replica.reader.promote(part)
 
+    def fileno(self) -> int:
+        if self._epoll is None:
+            self._epoll = select.epoll()
+            for replica in self._replicas:
+                self._epoll.register(replica.reader.fileno(), select.EPOLLIN)
+        return self._epoll.fileno()
+
+    def land(self) -> None:
+        for replica in self._replicas:
+            replica.reader.land()
+
     def idle(self) -> bool:
         return not self._wholes and all(replica.reader.idle() for replica in self._replicas)
 
@@ -193,6 +216,8 @@ class ReplicaReader:
         finally:  # interrupted: memory must not be given back before the others are done too
             for replica in self._replicas:
                 await replica.reader.close()
+            if self._epoll is not None:
+                self._epoll.close()
 
     def _alive(self) -> list[_Replica]:
         return [replica for replica in self._replicas if replica.alive]
@@ -213,7 +238,6 @@ class ReplicaReader:
                 batches.setdefault(best, []).append(part)
         for best, batch in batches.items():
             alive[best].reader.submit(batch, priority)
-        self._count()
 
     def _part(self, whole: _Whole, extents: Sequence[Extent], replica: _Replica) -> ReadRequest:
         part = ReadRequest(extents, lambda part: self._landed(whole, part), whole.request.what)
@@ -259,18 +283,10 @@ class ReplicaReader:
     def _finish(self, whole: _Whole) -> None:
         request = self._wholes.pop(whole.request).request
         if request.error is not None:
-            self.stats.errors += 1
+            self._stats.errors += 1
         elif not request.cancelled:
-            self.stats.reads += 1
-        self._count()
+            self._stats.reads += 1
         request.done(request)
-
-    def _count(self) -> None:
-        stats = [replica.reader.stats for replica in self._replicas]
-        self.stats.bytes = sum(part.bytes for part in stats)
-        self.stats.retries = sum(part.retries for part in stats)
-        self.stats.short_reads = sum(part.short_reads for part in stats)
-        self.stats.in_flight_bytes = sum(part.in_flight_bytes for part in stats)
 
 
 def _num_bytes(extents: Sequence[Extent]) -> int:

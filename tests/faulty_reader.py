@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
-from fomoe.io.reader import Priority, Reader, ReadRequest
+from fomoe.io.reader import Priority, Reader, ReaderStats, ReadRequest
 
 
 class FaultyReader:
@@ -26,13 +26,16 @@ class FaultyReader:
         self.name = reader.name
         self.direct = reader.direct
         self.alignment = reader.alignment
-        self.stats = reader.stats
         self._reader = reader
         self._rng = random.Random(seed)
         self._max_delay_s = max_delay_s
         self._fails = fails
         self._inner: dict[ReadRequest, ReadRequest] = {}
         self._empty: asyncio.Event | None = None
+
+    @property
+    def stats(self) -> ReaderStats:
+        return self._reader.stats
 
     def describe(self) -> str:
         return f"faulty {self._reader.describe()}"
@@ -82,6 +85,12 @@ class FaultyReader:
         inner = self._inner.get(request)
         if inner is not None:
             self._reader.promote(inner)
+
+    def fileno(self) -> int:
+        return self._reader.fileno()
+
+    def land(self) -> None:
+        self._reader.land()
 
     def idle(self) -> bool:
         return not self._inner and self._reader.idle()

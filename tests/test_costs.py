@@ -122,6 +122,7 @@ COMPUTE_CALLS = {
 
 def test_a_token_with_all_experts_in_memory(model, calls, spawned):
     figures, called, started = counts_of_decode(model, [calls, spawned], dram="1GiB")
+    del called["fomoe_reader_counts"]  # of the counting above
     # Nothing is read, no scratch is mapped, no array is measured or dequantised anew.
     assert called == {name: n * TOKENS for name, n in COMPUTE_CALLS.items()}
     assert figures == {"steps": TOKENS, "picks": TOKENS * PICKS, "hits": TOKENS * PICKS}

@@ -6,6 +6,7 @@ Owns: the counters, and the clock that counts tokens. Does not know: slots, who 
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
@@ -26,7 +27,7 @@ class StoreStats:
     expert_reads: int = 0
     expert_bytes: int = 0  # payload of those reads
     stall_ns: int = 0  # the forward waited for a read and had nothing to compute
-    handover_ns: list[int] = field(default_factory=list)  # landed -> compute, latest 4096
+    handover_ns: deque[int] = field(default_factory=lambda: deque(maxlen=4096))  # landed -> compute
 
 
 class Ledger:
@@ -100,6 +101,4 @@ class Ledger:
 
     def note_handover(self, waited_ns: Sequence[int]) -> None:
         """Experts are handed to compute, so long after they landed."""
-        handover = self.stats.handover_ns
-        handover.extend(waited_ns)
-        del handover[:-4096]
+        self.stats.handover_ns.extend(waited_ns)

@@ -18,6 +18,8 @@ from fomoe.experts.ledger import Ledger
 # Steps that need so many experts hand them out by batches of so many.
 _MANY = 32
 _BATCH = 8
+# The event loop's turn comes at least so often while a step waits for reads.
+_BLOCK_MS = 2
 
 
 class ExpertStep:
@@ -25,7 +27,7 @@ class ExpertStep:
     in any case. Made by ExpertStore.begin."""
 
     __slots__ = (
-        "_arrived", "_begin_ns", "_error", "_landed_ns", "_late", "_ledger", "_on_closed",
+        "_arrived", "_begin_ns", "_block", "_error", "_landed_ns", "_late", "_ledger", "_on_closed",
         "_on_computed", "_ordered", "_resident", "_urgent", "_waker", "fresh", "layer", "lost",
         "passing", "pending", "sweeping", "waiting", "wanted",
     )  # fmt: skip
@@ -39,6 +41,7 @@ class ExpertStep:
         passing: bool,
         ordered: bool,
         ledger: Ledger,
+        block: Callable[[int], None],
         on_computed: Callable[[ExpertStep, Sequence[int]], None],
         on_closed: Callable[[ExpertStep], None],
     ) -> None:
@@ -58,6 +61,7 @@ class ExpertStep:
         self._resident = [e for e in resident if e not in transit] if self._urgent else [*resident]
         self._ordered = ordered
         self._ledger = ledger
+        self._block = block
         self._on_computed = on_computed
         self._on_closed = on_closed
         self._landed_ns: dict[int, int] = {}
@@ -121,9 +125,11 @@ class ExpertStep:
         """Every expert has been handed out."""
         return not (self._urgent or self._resident or self.waiting or self.pending)
 
-    async def landed(self) -> list[Resident]:
+    async def landed(self, *, at_once: bool = False) -> list[Resident]:
         """Experts to be computed, as of take(), waiting for one to land if there is none; [] at the
-        end.
+        end. `at_once`: the event loop stands still meanwhile but for a turn every other
+        millisecond. It takes 40 us to notice a landing and to come back here, in which short
+        computing would have begun.
 
         Raises ReadError when a read failed for good.
         """
@@ -134,6 +140,11 @@ class ExpertStep:
                 self.layer.window_ns += (window - self.layer.window_ns) / 16
                 self._begin_ns = 0
             while not self._urgent and self._error is None:
+                if at_once:
+                    self._block(_BLOCK_MS)
+                    if not self._urgent:
+                        await asyncio.sleep(0)
+                    continue
                 self._waker = asyncio.get_running_loop().create_future()
                 await self._waker
             self._waker = None

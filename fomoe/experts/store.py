@@ -14,6 +14,7 @@ room.
 from __future__ import annotations
 
 import asyncio
+import select
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -64,6 +65,7 @@ class ExpertStore:
         self.num_ahead = 0  # experts being read that no step waits for
         self._read_ns = 0.0  # a running mean of a read's time in flight
         self._landing = asyncio.Event()
+        self._poll: select.poll | None = None
 
     @property
     def clock(self) -> int:
@@ -112,6 +114,14 @@ class ExpertStore:
         """Wait until nothing is being read."""
         while any(state.loading for state in self._layers):
             await self._next_landing()
+
+    def _block(self, milliseconds: int) -> None:
+        """Let reads land, waiting for one at most so long, without the event loop."""
+        if self._poll is None:
+            self._poll = select.poll()
+            self._poll.register(self._reader.fileno(), select.POLLIN)
+        if self._poll.poll(milliseconds):
+            self._reader.land()
 
     async def _next_landing(self) -> None:
         self._landing.clear()
@@ -178,6 +188,7 @@ class ExpertStore:
             passing=passing,
             ordered=self._ordered,
             ledger=self._ledger,
+            block=self._block,
             on_computed=self._computed,
             on_closed=self._closed,
         )
