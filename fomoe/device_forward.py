@@ -36,6 +36,9 @@ from fomoe.scheduler import Chunk
 from fomoe.trace import Part
 from fomoe.turn import Turn
 
+# A device, an event of it, and what is set when that has been reached.
+Signal = tuple[Device, Event, "asyncio.Future[None]"]
+
 
 class DeviceForward(Forward):
     """`places`: of each layer, in the order of layers; the first one's has embedding and head."""
@@ -63,10 +66,14 @@ class DeviceForward(Forward):
 
     async def _quiesce(self) -> None:
         self._guesses.clear()
-        events = [(d, s.record()) for d in self._devices for s in (d.uploads, d.compute)]
+        streams = [(d, s) for d in self._devices for s in (d.uploads, d.compute)]
+        signals = [self._signal(device, stream.record()) for device, stream in streams]
         try:
-            for device, event in events:
-                await self._reached(device, event)
+            for signal in signals:
+                # Not `_reached`: callbacks that came due before have to be called, too.
+                await signal[2]
+            for signal in signals:
+                await self._reached(signal)
         finally:
             for turn in self._turns:
                 turn.close()
@@ -74,11 +81,16 @@ class DeviceForward(Forward):
             for place in dict.fromkeys(self._places):
                 place.tier.drop_ahead()
 
-    async def _reached(self, device: Device, event: Event) -> None:
+    def _signal(self, device: Device, event: Event) -> Signal:
+        """Ask to be told, before other work is queued, of an event that will be waited for."""
+        future = asyncio.get_running_loop().create_future()
+        device.when(event, lambda: None if future.done() else future.set_result(None))
+        return device, event, future
+
+    async def _reached(self, signal: Signal) -> None:
         """Wait until an event has been reached; raises what went wrong on the device."""
+        device, event, future = signal
         if not event.done():
-            future = asyncio.get_running_loop().create_future()
-            device.when(event, lambda: None if future.done() else future.set_result(None))
             await future
         failure = device.failure()
         if failure is not None:
@@ -131,7 +143,7 @@ class DeviceForward(Forward):
 
         device.compute.call(work)
         begin = time.perf_counter_ns()
-        await self._reached(device, device.compute.record())
+        await self._reached(self._signal(device, device.compute.record()))
         self._note(Part.HEAD, -1, begin)
         return host
 
@@ -157,7 +169,7 @@ class DeviceForward(Forward):
         self._turns.append(turn)
         place.tier.begin(index)
         turn.queue(turn.do_route, segments, cache)
-        routed = place.device.compute.record()
+        routed = self._signal(place.device, place.device.compute.record())
         turn.queue(turn.do_experts)
         by_host = self._residency.substitutes and not audit
         if not by_host:
@@ -165,7 +177,7 @@ class DeviceForward(Forward):
         below = self._model.layers[index + 1] if index + 1 < len(self._model.layers) else None
         if below and self._read_ahead and not audit:
             self._ask(below)
-        await self._reached(place.device, routed)
+        await self._reached(routed)
         self._guesses.pop(index, None)
         self._note(Part.ROUTE, index, begin)
         routing = turn.routing

@@ -52,6 +52,7 @@ class Fleet:
         options: EngineOptions,
         layouts: Sequence[ExpertLayout],
         shapes: Mapping[str, Any],
+        exits: AsyncExitStack,
     ) -> None:
         self.devices = devices
         self._gguf, self._hp, self._options, self._shapes = gguf, hp, options, shapes
@@ -61,7 +62,12 @@ class Fleet:
         self._threads = options.threads or host.num_processors()
         self._infos = [gguf.tensors[name] for name in hp.dense_tensors]
         self._unpinned = ""
+        threads = max(self._threads // len(devices), 1)
         self.ops: list[DeviceOps] = []
+        for device in devices:
+            ops = device.make_ops(threads=threads, max_tokens=options.ubatch, isa=options.cpu_isa)
+            exits.callback(ops.close)
+            self.ops.append(ops)
         self.helper: CpuOps | None = None
         self.plans = [self._plan(device, n) for n, device in enumerate(devices)]
 
@@ -76,11 +82,6 @@ class Fleet:
         prefix, number, *_ = name.split(".")
         return self.device_of(int(number)) if prefix == "blk" else self.devices[0]
 
-    @property
-    def _ops_size(self) -> dict[str, Any]:
-        threads = max(self._threads // len(self.devices), 1)
-        return {"threads": threads, "max_tokens": self._options.ubatch}
-
     # ---- plans ----
 
     def _plan(self, device: Device, number: int) -> DevicePlan:
@@ -92,7 +93,7 @@ class Fleet:
             )
         tables = sum(24 * p.moe.num_experts for p in own)
         workspace = models.buffer_bytes(self._hp, options.ubatch)
-        workspace += device.workspace_bytes(**self._ops_size, **self._shapes)
+        workspace += device.workspace_bytes(self.ops[number], **self._shapes)
         workspace += 3 * 4 * options.ubatch * self._hp.hidden + tables
         dense = sum(region_bytes(i, 256) for i in self._infos if self._owner(i.name) is device)
         states = options.parallel + (options.car_audit > 0)
@@ -155,14 +156,10 @@ class Fleet:
         self._bounce = weights.bounce, weights.bounce_bytes
         await self.prepare(arena, reader, *self._bounce)
         rate = await weights.load(reader, reached, progress)
-        isa = self._options.cpu_isa
-        for device in self.devices:
-            ops = device.make_ops(**self._ops_size, isa=isa)
-            exits.callback(ops.close)
+        for ops in self.ops:
             ops.reserve(**self._shapes)
-            self.ops.append(ops)
         if not all(device.shares_memory for device in self.devices):
-            self.helper = CpuOps(self._threads, self._options.ubatch, isa)
+            self.helper = CpuOps(self._threads, self._options.ubatch, self._options.cpu_isa)
             exits.callback(self.helper.close)
             self.helper.reserve(widths=(), moe=self._shapes["moe"])
         by_layer = [self.ops[p.index % len(self.devices)] for p in self._hp.layers]
@@ -264,4 +261,4 @@ def open_fleet(
     for name in names:
         devices.append(open_device(name))
         exits.callback(devices[-1].close)
-    return Fleet(devices, gguf, hp, options, layouts, shapes)
+    return Fleet(devices, gguf, hp, options, layouts, shapes, exits)

@@ -149,8 +149,9 @@ class Device(Protocol):
         """The device's operations, for steps of up to `max_tokens`; `threads` and `isa` are for a
         device that is a processor."""
 
-    def workspace_bytes(self, *, threads: int, max_tokens: int, **shapes: Any) -> int:
-        """What those take of the device's memory; `shapes` as CpuOps.workspace_bytes has them."""
+    def workspace_bytes(self, ops: DeviceOps, **shapes: Any) -> int:
+        """What those operations of its own take of the device's memory; `shapes` as
+        CpuOps.workspace_bytes has them."""
 
     def close(self) -> None:
         """Give all memory back. Nothing may be queued."""

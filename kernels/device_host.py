@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from fomoe.kernels.cpu import CpuOps
 from fomoe.kernels.cpu_arrays import CpuWeight, F32Array
-from fomoe.kernels.device import DEVICE_ALIGNMENT, Event
+from fomoe.kernels.device import DEVICE_ALIGNMENT, DeviceOps, Event
 from fomoe.kernels.ops import MoeSpec, Routing, Segment
 
 R = TypeVar("R")
@@ -166,8 +166,9 @@ class HostDevice:
     def make_ops(self, *, threads: int, max_tokens: int, isa: str) -> HostOps:
         return HostOps(threads, max_tokens, isa)
 
-    def workspace_bytes(self, *, threads: int, max_tokens: int, **shapes: Any) -> int:
-        return HostOps.workspace_bytes(threads, max_tokens, **shapes)
+    def workspace_bytes(self, ops: DeviceOps, **shapes: Any) -> int:
+        assert isinstance(ops, CpuOps)
+        return CpuOps.workspace_bytes(ops.num_threads, ops.max_tokens, **shapes)
 
     def close(self) -> None:
         self.compute.close()
