@@ -26,7 +26,7 @@ from fomoe.scheduler import Chunk
 from fomoe.trace import Kind, Tracer
 
 # Displaced experts on their way at a time: enough to keep a drive busy (one is several pieces).
-_BACKFILL_FLIGHT = 4
+_BACKFILL_FLIGHT = 2
 # Tokens after which counts for a profile of use are halved.
 _USES_HALVE = 4096
 
@@ -173,6 +173,14 @@ class Residency:
         known = self._store.is_known
         absent = [(i, e) for i, e in enumerate(experts) if not known(layer, e)]
         self._store.protect(layer, experts)
+        if absent and self.substitutes:
+            # What would be stood in for is worth no read in a hurry.
+            available = self._store.available(layer)
+            chosen = self._car.preview(
+                layer, routing.logits, routing.ids, routing.weights, available
+            )
+            needed = chosen.ids.ravel().tolist()
+            absent = [(i, e) for i, e in absent if e in needed]
         expert_bytes, clock = self._store.expert_bytes(layer), self._store.clock
         reads = self._prefetcher.choose(layer, absent, expert_bytes, clock=clock)
         if reads:

@@ -14,7 +14,7 @@ from fomoe.experts.car import CacheAwareRouter, CarOptions, CarStats, use_amount
 E, K = 64, 8
 F32 = npt.NDArray[np.float32]
 I32 = npt.NDArray[np.int32]
-RULES = ["ratio:0.35", "prior:0.2", "max-rank:2,14"]
+RULES = ["light:1", "ratio:0.35", "prior:0.2", "max-rank:2,14"]
 
 
 def routed(seed: int, tokens: int = 1) -> tuple[F32, I32, F32, npt.NDArray[np.bool_]]:
@@ -53,6 +53,16 @@ def test_prior_is_top_k_of_boosted_logits(seed: int, top_j: int) -> None:
     expected = set(np.argsort(-boosted)[:K].tolist())
     got = router("prior:0.2", top_j=top_j).select(0, logits, ids, weights, there)
     assert set(got.ids[0].tolist()) == expected
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_light_picks_are_replaced_by_the_best_that_are_there(seed: int) -> None:
+    logits, ids, weights, there = routed(seed)
+    got = router("light:1.2", top_j=0).select(0, logits, ids, weights, there)
+    light = [e for e, w in zip(ids[0], weights[0], strict=True) if w <= 1.2 / K and not there[e]]
+    others = [e for e in np.argsort(-logits[0]) if there[e] and e not in ids[0]][: len(light)]
+    assert sorted(e for e, _ in got.displaced) == sorted(light)
+    assert set(got.ids[0].tolist()) == set(ids[0].tolist()) - set(light) | set(others)
 
 
 def test_prior_follows_the_layers_logit_range() -> None:
@@ -159,6 +169,12 @@ def test_uses_count_by_weight() -> None:
 def test_parse() -> None:
     assert CarOptions.parse("off") == CarOptions()
     assert CarOptions.parse("ratio:0.35", top_j=0).value == 0.35
+    assert CarOptions.parse("on") == CarOptions.parse("light") == CarOptions.parse("light:1")
+    assert CarOptions.parse("prior").value == 0.25
+    assert (CarOptions.parse("max-rank", top_j=2).top_j, CarOptions.parse("max-rank").top_j) == (
+        2,
+        1,
+    )
     options = CarOptions.parse("max-rank:3,12", weights="renorm", max_mass=0.5)
     assert (options.top_j, options.max_rank) == (3, 12)
     assert (options.weights, options.max_mass) == ("renorm", 0.5)
@@ -169,7 +185,8 @@ def test_parse() -> None:
     [
         ("", {}),
         ("off:1", {}),
-        ("ratio", {}),
+        ("on:1", {}),
+        ("light:0", {}),
         ("ratio:", {}),
         ("ratio:0", {}),
         ("ratio:1.5", {}),

@@ -20,9 +20,18 @@ F32Array = npt.NDArray[np.float32]
 I32Array = npt.NDArray[np.int32]
 BoolArray = npt.NDArray[np.bool_]
 
-Rule = Literal["off", "ratio", "prior", "max-rank"]
+Rule = Literal["off", "light", "ratio", "prior", "max-rank"]
 Weights = Literal["dampen", "renorm"]
 
+# What a rule's name alone stands for, and "on" for the rule to be had without naming one: at every
+# number of slots it lost least for the reads that it saved (tools/studies/fidelity.md).
+_USUAL = {
+    "on": "light:1",
+    "light": "light:1",
+    "ratio": "ratio:0.35",
+    "prior": "prior:0.25",
+    "max-rank": "max-rank:1,32",
+}
 _RANGE_DECAY = 0.95  # of the running logit range, per token (Skliar et al., 2412.00099)
 
 
@@ -30,6 +39,8 @@ _RANGE_DECAY = 0.95  # of the running logit range, per token (Skliar et al., 241
 class CarOptions:
     """Which stand-ins are allowed.
 
+    light     for picks of at most `value` times the mean weight of a layer's picks; the best that
+              is there, whatever its distance
     ratio     C for E when p_C / p_E >= value (FOMOE's rule; best pairs first)
     prior     top-k of z + value * D for experts that are there, D the layer's running logit range
     max-rank  the best of the true top `max_rank` that are there, whatever their distance
@@ -43,7 +54,7 @@ class CarOptions:
     rule: Rule = "off"
     value: float = 0.0
     max_rank: int = 0
-    top_j: int = 2
+    top_j: int = 1
     max_mass: float = 1.0
     weights: Weights = "dampen"
 
@@ -54,8 +65,8 @@ class CarOptions:
             raise RequestError(f"CAR weights are dampen or renorm, not {self.weights!r}")
         if self.rule == "ratio" and not 0.0 < self.value <= 1.0:
             raise RequestError(f"CAR ratio: 0 < tau <= 1, not {self.value:g}")
-        if self.rule == "prior" and not (self.value > 0.0 and isfinite(self.value)):
-            raise RequestError(f"CAR prior: lambda is a positive number, not {self.value:g}")
+        if self.rule in ("light", "prior") and not (self.value > 0.0 and isfinite(self.value)):
+            raise RequestError(f"CAR {self.rule}: a positive number, not {self.value:g}")
         if self.rule == "max-rank" and self.max_rank <= self.top_j:
             raise RequestError(
                 f"CAR max-rank: M must exceed J, but J is {self.top_j} and M {self.max_rank}"
@@ -73,18 +84,21 @@ class CarOptions:
         max_mass: float | None = None,
         weights: str | None = None,
     ) -> CarOptions:
-        """Options from text such as "off", "ratio:0.35", "prior:0.12" or "max-rank:2,12" (J and M).
-        Raises RequestError."""
-        name, _, text = rule.partition(":")
+        """Options from text such as "off", "on", "light:1", "ratio:0.35", "prior:0.12" or
+        "max-rank:2,12" (J and M), or from a rule's name alone. Raises RequestError."""
+        if rule == "max-rank" and top_j is not None:
+            rule = f"max-rank:{top_j},32"
+        name, _, text = _USUAL.get(rule, rule).partition(":")
         try:
             numbers = [float(part) for part in text.split(",")] if text else []
         except ValueError:
             numbers = []
-        expected = {"off": 0, "ratio": 1, "prior": 1, "max-rank": 2}.get(name)
+        expected = {"off": 0, "light": 1, "ratio": 1, "prior": 1, "max-rank": 2}.get(name)
         whole = name != "max-rank" or all(number.is_integer() for number in numbers)
         if expected is None or len(numbers) != expected or (text and not numbers) or not whole:
             raise RequestError(
-                f"CAR rule {rule!r} is not one of off, ratio:TAU, prior:LAMBDA, max-rank:J,M"
+                f"CAR rule {rule!r} is not one of off, on, light:TIMES, ratio:TAU, prior:LAMBDA,"
+                " max-rank:J,M"
             )
         if name == "max-rank":
             if top_j not in (None, int(numbers[0])):
@@ -184,6 +198,18 @@ class CacheAwareRouter:
         stats.token_layers += len(ids)
         if self.options.rule == "prior":
             self._follow_range(layer, logits)
+        chosen = self.preview(layer, logits, ids, weights, available)
+        if chosen.displaced:
+            stats.substitutions += len(chosen.displaced)
+            stats.moved_mass += chosen.moved_mass
+            displaced = {expert for expert, _ in chosen.displaced}
+            stats.reads_avoided += len(displaced.difference(chosen.ids.ravel().tolist()))
+        return chosen
+
+    def preview(
+        self, layer: int, logits: F32Array, ids: I32Array, weights: F32Array, available: BoolArray
+    ) -> Selection:
+        """What select() would say, without its being noted: for picks that are only predicted."""
         here = available[ids]
         if self.options.rule == "off" or here.all():
             return Selection(ids, weights, [], 0.0)
@@ -202,11 +228,7 @@ class CacheAwareRouter:
                 available[new_ids[token]] = True
         if not displaced:
             return Selection(ids, weights, [], 0.0)
-        moved = sum(share for _, share in displaced)
-        stats.substitutions += len(displaced)
-        stats.moved_mass += moved
-        stats.reads_avoided += len({e for e, _ in displaced} - set(new_ids.ravel().tolist()))
-        return Selection(new_ids, new_weights, displaced, moved)
+        return Selection(new_ids, new_weights, displaced, sum(share for _, share in displaced))
 
     def _follow_range(self, layer: int, logits: F32Array) -> None:
         for spread in (logits.max(axis=1) - logits.min(axis=1)).tolist():
@@ -220,9 +242,12 @@ class CacheAwareRouter:
         options = self.options
         picks: list[int] = ids.tolist()
         absent = [r for r in range(options.top_j, len(picks)) if not available[picks[r]]]
+        total = float(weights.sum())
+        if options.rule == "light":
+            heaviest = options.value * total / len(picks)
+            absent = [r for r in absent if weights[r] <= heaviest]
         if not absent:
             return []
-        total = float(weights.sum())
         room = options.max_mass * total * (1.0 + 1e-6)
         displaced = []
         for rank, stand_in, gap in self._pairs(layer, z, picks, absent, available):
@@ -242,7 +267,7 @@ class CacheAwareRouter:
     ) -> Iterator[tuple[int, int, float]]:
         """(rank, stand-in, logit gap) that the rule allows, the ones to take first first.
 
-        prior and max-rank give the best stand-in to the least pick: that is the selection which the
+        All but ratio give the best stand-in to the least pick: that is the selection which the
         top-k of boosted logits makes, and it moves the least mass first. ratio pairs in rank order
         as FOMOE does, which accepts more, and takes the best ratios first.
         """
@@ -258,11 +283,12 @@ class CacheAwareRouter:
                 (p for p in pairs if p[2] <= -log(options.value)), key=lambda pair: pair[2]
             )
             return
+        limit, floor = np.inf, -np.inf
         if options.rule == "prior":
-            limit, floor = options.value * self._ranges[layer], -np.inf
-        else:
+            limit = options.value * self._ranges[layer]
+        elif options.rule == "max-rank":
             last = max(len(z) - options.max_rank, 0)
-            limit, floor = np.inf, float(np.partition(z, last)[last])
+            floor = float(np.partition(z, last)[last])
         for rank, (c, value) in zip(reversed(absent), _descending(worth), strict=False):
             gap = float(z[picks[rank]]) - value
             if gap >= limit or value < floor:
