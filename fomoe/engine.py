@@ -30,7 +30,7 @@ from fomoe.plan import MemoryPlan
 from fomoe.sampling import Sampler, Sampling
 from fomoe.scheduler import Chunk, Scheduler
 from fomoe.sequence import Output, Sequence
-from fomoe.stats import PhaseStats, Stats
+from fomoe.stats import DeviceStats, PhaseStats, Stats
 from fomoe.tokenizer import Tokenizer
 from fomoe.trace import Kind, Part
 
@@ -231,6 +231,8 @@ class Engine:
         self._stats.read_retries = reader.retries
         self._stats.short_reads = reader.short_reads
         self._stats.residency = self._loaded.residency.stats
+        places = dict.fromkeys(self._loaded.places)
+        self._stats.devices = [DeviceStats(p.device.name, p.tier.stats) for p in places]
         self._stats.peak_bytes = host.peak_resident_bytes()
         self._stats.planned_bytes = self._loaded.plan.total_bytes
         handover = self._loaded.store.stats.handover_ns

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fomoe.config import format_size
+from fomoe.experts.device_tier import TierStats
 from fomoe.experts.predict import PrefetchStats
 from fomoe.residency import ResidencyStats
 
@@ -53,6 +54,26 @@ class PhaseStats:
         return dataclasses.asdict(self) | {name: getattr(self, name) for name in derived}
 
 
+@dataclass(frozen=True, slots=True)
+class DeviceStats:
+    """What a device's share of the experts has done."""
+
+    name: str
+    tier: TierStats
+
+    def line(self) -> str:
+        t = self.tier
+        if not t.picks:
+            return f"{self.name:<11} no picks"
+        text = (
+            f"{self.name:<11} {100 * t.pick_hits / t.picks:.1f} % of the picks in its memory,"
+            f" {format_size(t.copied_bytes)} copied there"
+        )
+        if t.copied_ahead:
+            text += f" ({t.copied_ahead} of {t.copied} experts ahead, {t.staged_hits} of them used)"
+        return text + f", {100 * t.host_uses / t.uses:.1f} % of the uses left to the processor"
+
+
 @dataclass(slots=True)
 class Stats:
     """Everything since the engine was opened."""
@@ -67,6 +88,7 @@ class Stats:
     peak_bytes: int = 0  # the largest resident set of the process so far
     planned_bytes: int = 0  # what the memory plan allows it
     residency: ResidencyStats | None = None  # what the policies did
+    devices: list[DeviceStats] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         result = dataclasses.asdict(self)
@@ -75,6 +97,7 @@ class Stats:
     def lines(self) -> list[str]:
         """The figures as text, one line a phase, then what the policies did."""
         result = [_phase("prompt", self.prompt), _phase("generation", self.generation)]
+        result += [device.line() for device in self.devices]
         if self.residency:
             result += _prefetch_lines(self.residency)
             result += car_lines(self.residency)

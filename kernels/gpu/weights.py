@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from fomoe.errors import UnsupportedError
@@ -49,9 +51,19 @@ def require_supported(type_: QuantType, name: str) -> None:
 
 
 def upload(tensor: Tensor, device: str) -> GpuWeight:
-    """A matrix copied to `device`, in the caller's stream; UnsupportedError for other types."""
+    """A matrix on `device`: as it is where it lies there already (and is aligned), else copied, in
+    the caller's stream. UnsupportedError for other types."""
     require_supported(tensor.type, tensor.name)
     rows, cols = tensor.shape
-    data = torch.empty(tensor.data.nbytes, dtype=torch.uint8, device=device)
-    data.copy_(torch.from_numpy(tensor.data.reshape(-1)))
+    data = tensor.data.reshape(-1)
+    if not isinstance(data, torch.Tensor):
+        data = torch.from_numpy(data).to(device, copy=True)
+    elif data.data_ptr() % ALIGNMENT:
+        data = data.clone()
     return GpuWeight(rows=rows, cols=cols, type=tensor.type, data=data)
+
+
+def host_bytes(tensor: Tensor) -> npt.NDArray[np.uint8]:
+    """A tensor's bytes in host memory, wherever it lies."""
+    data: npt.NDArray[np.uint8] = tensor.data
+    return tensor.data.cpu().numpy() if isinstance(data, torch.Tensor) else data
