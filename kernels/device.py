@@ -19,6 +19,7 @@ miss makes the device wait for the host.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import numpy.typing as npt
@@ -30,6 +31,23 @@ R = TypeVar("R")
 # Device memory is given out in multiples of this, and so is every matrix of an expert in a slot:
 # 16-byte loads are legal wherever block sizes allow them.
 DEVICE_ALIGNMENT = 256
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StandInRule:
+    """Cache-aware routing as a device's router applies it: CarOptions in numbers.
+
+    limit: the largest gap of logits that "ratio" allows, or what "prior" multiplies the running
+    range of logits with; infinite otherwise. range_gain: what a token's own range counts in it.
+    """
+
+    rule: str  # ratio, prior or max-rank
+    limit: float
+    top_j: int
+    max_rank: int
+    max_mass: float
+    renorm: bool
+    range_gain: float
 
 
 class Event(Protocol):

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import exp, isfinite, log
+from math import exp, inf, isfinite, log
 from typing import Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
 
 from fomoe.errors import RequestError
+from fomoe.kernels.device import StandInRule
 
 F32Array = npt.NDArray[np.float32]
 I32Array = npt.NDArray[np.int32]
@@ -75,6 +76,20 @@ class CarOptions:
             raise RequestError(f"CAR top-j is a number of experts, not {self.top_j}")
         if not 0.0 < self.max_mass <= 1.0:
             raise RequestError(f"CAR max-mass: 0 < mass <= 1, not {self.max_mass:g}")
+
+    @property
+    def device_rule(self) -> StandInRule:
+        """The same for a router on a device."""
+        limits = {"ratio": -log(self.value or 1.0), "prior": self.value}
+        return StandInRule(
+            rule=self.rule,
+            limit=limits.get(self.rule, inf),
+            top_j=self.top_j,
+            max_rank=self.max_rank,
+            max_mass=self.max_mass,
+            renorm=self.weights == "renorm",
+            range_gain=1.0 - _RANGE_DECAY,
+        )
 
     @staticmethod
     def parse(
