@@ -32,7 +32,7 @@ class FileWeights:
 
     def __init__(self, gguf: GgufFile) -> None:
         self._gguf = gguf
-        self._files = [np.memmap(path, np.uint8, "r") for path in gguf.paths]
+        self._files = [np.memmap(path, np.uint8, "c") for path in gguf.paths]
 
     def __contains__(self, name: str) -> bool:
         return name in self._gguf.tensors

@@ -9,6 +9,8 @@ S1 = exp(G_last) S0 + (diag(exp(G_last - G)) K)^T V'. T needs no state: it is co
 chunks at once, the rest chunk after chunk.
 """
 
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,misc,no-any-return"
+
 from __future__ import annotations
 
 from dataclasses import dataclass

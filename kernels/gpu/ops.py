@@ -90,7 +90,8 @@ class GpuOps(UnfusedMixers):
         if any(s.length > 1 for s in segments):
             return launch()
         generation = self._steps.generation + self._scratch.generation
-        return self._recorded.run((key, len(segments)), launch, generation)
+        result: R = self._recorded.run((key, len(segments)), launch, generation)
+        return result
 
     # ---- memory ----
 
