@@ -23,7 +23,7 @@ import numpy.typing as npt
 from fomoe.errors import ReadError
 from fomoe.experts.step import ExpertStep
 from fomoe.experts.store import ExpertStore
-from fomoe.kernels.ops import KvCache, MoeCall, Resident, Routing, Segment
+from fomoe.kernels.ops import SHORT_STEP, KvCache, MoeCall, Resident, Routing, Segment
 from fomoe.memory import finish
 from fomoe.models import HEAD_ROWS, Layer, Model
 from fomoe.residency import Residency
@@ -36,11 +36,11 @@ Logits = npt.NDArray[np.float32] | None  # [n, vocab], or not wanted
 
 # Steps of up to this many tokens compute on the event loop's thread: a layer takes a few
 # milliseconds at most, less than two thread switches would add to every one of its calls.
-INLINE_TOKENS = 8
+INLINE_TOKENS = SHORT_STEP
 # The loop runs at least this often between layers, so that requests are heard and can be cancelled.
-_YIELD_NS = 2_000_000
-# As often as this where no read can land: a turn of the loop costs 60 us in the midst of a token.
-_IDLE_YIELD_NS = 20_000_000
+_YIELD_NS = 20_000_000
+# Where reads may land. A turn of the loop costs 60 us in the midst of a token.
+_BUSY_YIELD_NS = 2_000_000
 # (layer, when, experts) that were predicted last
 _NOTHING_PREDICTED: tuple[int, int, list[int]] = (-1, 0, [])
 
@@ -147,16 +147,50 @@ class Forward:
         audit: bool = False,
     ) -> list[Logits]:
         x = await self._compute(Part.EMBED, -1, self._model.embed, rows)
+        layers, index = self._model.layers, 0
+        guesses = self._read_ahead and self._residency.predicts()
+        walks = self._inline and not (audit or guesses or self._residency.substitutes)
         try:
-            for layer, cache in zip(self._model.layers, self._caches, strict=True):
+            while index < len(layers):
                 await self._yield(chunks)
-                await self._layer(layer, cache, x, chunks, segments, audit)
+                begun = None
+                if walks:
+                    index, begun = self._walk(index, x, segments)
+                if begun or not walks:
+                    await self._layer_by_itself(index, x, chunks, segments, audit, begun)
+                    index += 1
             await self._finish(x)
         finally:
             if self._open is not None:  # the step is given up
                 self._open.step.close()
                 self._open = None
         return await self._head(chunks, segments, x)
+
+    def _walk(
+        self, first: int, x: Any, segments: Sequence[Segment]
+    ) -> tuple[int, tuple[Routing, MoeCall] | None]:
+        """Compute layers from `first` on as long as their experts are there: what need not be known
+        in between is noted afterwards, in one go. Also what a layer began with that lacks some."""
+        trunk, caches, tables = self._model.trunk, self._caches, self._store.tables
+        before = self._open
+        last = None if before is None else (before.call, before.last)
+        most_ns = _YIELD_NS if self._store.drive_idle else _BUSY_YIELD_NS
+        end, begun = trunk.walk(x, segments, caches, tables, first, last, most_ns)
+        layers, marks = self._model.layers, []
+        if self._tracer:
+            marks = [layer.ops.marks for layer in layers[first : end + (begun is not None)]]
+            marks.append(trunk.marks)
+        self._ended(marks[0] if marks else ())
+        for index in range(first, end):
+            routing = layers[index].ops.routing
+            self._residency.routed(index, routing)
+            experts, counts = distinct(routing)
+            self._store.passed(index, experts, counts)
+            if marks:
+                own, after = marks[index - first : index - first + 2]
+                self._note_begun(index, own, after[0])
+                self._note_ended(index, after, Part.RESIDENT, len(experts), own[2])
+        return end, begun
 
     async def _audit(
         self, chunks: Sequence[Chunk], rows: npt.NDArray[np.uint8], segments: Sequence[Segment]
@@ -174,17 +208,20 @@ class Forward:
                 state.conv[...] = conv
                 state.s[...] = s
 
-    async def _layer(
+    async def _layer_by_itself(
         self,
-        layer: Layer,
-        cache: KvCache | None,
+        index: int,
         x: Any,
         chunks: Sequence[Chunk],
         segments: Sequence[Segment],
         audit: bool,
+        begun: tuple[Routing, MoeCall] | None,
     ) -> None:
-        index = layer.parameters.index
-        routing, call = await self._begin(layer, x, segments, cache)
+        """One layer whose experts may have to be read; `begun` is what it began with, if it has."""
+        layer, cache = self._model.layers[index], self._caches[index]
+        routing, call = begun or await self._begin(layer, x, segments, cache)
+        if self._tracer:
+            self._note_begun(index, layer.ops.marks, time.perf_counter_ns())
         # Other threads compute the shared expert meanwhile.
         if not audit:
             self._residency.routed(index, routing)
@@ -192,12 +229,12 @@ class Forward:
         self._note_prediction(index, experts)
         step = self._store.begin(index, experts, counts, passing=audit)
         begin_ns = layer.ops.marks[2] if self._tracer else 0
-        begun = self._open = _Open(index, call, begin_ns, step)
+        own = self._open = _Open(index, call, begin_ns, step)
         guesses = self._read_ahead and index + 1 < len(self._model.layers)
         below = self._model.layers[index + 1] if guesses else None
         ahead = await self._predict(below, x) if below and not self._inline else []
         try:
-            await self._compute_experts(begun, ahead)
+            await self._compute_experts(own, ahead)
         except ReadError as error:
             raise lost_expert(error, step.lost, routing, chunks, segments) from error
         if not self._inline:
@@ -214,21 +251,9 @@ class Forward:
         """End the layer before; mix, route and begin the experts."""
         before = self._open
         last = None if before is None else (before.call, before.last)
-        routing, call = await self._run(layer.ops.begin, x, segments, cache, last)
-        if self._tracer:
-            now, index = time.perf_counter_ns(), layer.parameters.index
-            begun, ran, summed, mixed, routed = layer.ops.marks
-            if before is not None:
-                of, experts = before.index, len(before.last)
-                self._stretches.append((before.part, of, begun, ran, experts))
-                self._stretches.append((Part.FINISH, of, ran, summed, 0))
-                self._ended(summed)
-            self._stretches.append((Part.MIX, index, summed, mixed, 0))
-            self._stretches.append((Part.ROUTE, index, mixed, routed, 0))
-            self._stretches.append((Part.SHARED, index, routed, now, 0))
-        elif before is not None:
-            self._ended(0)
-        return routing, call
+        result = await self._run(layer.ops.begin, x, segments, cache, last)
+        self._ended(layer.ops.marks if self._tracer else ())
+        return result
 
     async def _compute_experts(self, begun: _Open, ahead: list[int]) -> None:
         """The experts of a layer as they land; the last ones of a short step are left for its end.
@@ -249,24 +274,43 @@ class Forward:
         begun = self._open
         if begun is None:
             return
-        index, call, last = begun.index, begun.call, begun.last
+        call, last = begun.call, begun.last
+        begin = time.perf_counter_ns()
         if last:
-            await self._compute(begun.part, index, call.run, last, experts=len(last))
-        await self._compute(Part.FINISH, index, call.finish, x)
-        self._ended(time.perf_counter_ns() if self._tracer else 0)
+            await self._run(call.run, last)
+        ran = time.perf_counter_ns()
+        await self._run(call.finish, x)
+        self._ended((begin, ran, time.perf_counter_ns()))
 
-    def _ended(self, at_ns: int) -> None:
-        """The layer that was open has been computed."""
+    def _ended(self, marks: Sequence[int]) -> None:
+        """The layer that was open, if one was, has been computed: `marks` as of LayerOps."""
         begun = self._open
-        assert begun is not None
+        if begun is None:
+            return
         if begun.last:
             begun.step.computed(begun.last)
         begun.step.close()
         self._open = None
         if self._tracer:
-            clock = self._store.clock
-            self._tracer.layer(begun.begin_ns, at_ns, begun.index, clock, self._stretches)
-            self._stretches = []
+            self._note_ended(begun.index, marks, begun.part, len(begun.last), begun.begin_ns)
+
+    def _note_begun(self, index: int, marks: Sequence[int], begun_ns: int) -> None:
+        """Record how a layer began."""
+        _, _, summed, mixed, routed = marks
+        self._stretches.append((Part.MIX, index, summed, mixed, 0))
+        self._stretches.append((Part.ROUTE, index, mixed, routed, 0))
+        self._stretches.append((Part.SHARED, index, routed, begun_ns, 0))
+
+    def _note_ended(
+        self, index: int, marks: Sequence[int], part: Part, experts: int, begin_ns: int
+    ) -> None:
+        """Record how a layer ended, and the layer."""
+        assert self._tracer
+        begun, ran, summed = marks[:3]
+        self._stretches.append((part, index, begun, ran, experts))
+        self._stretches.append((Part.FINISH, index, ran, summed, 0))
+        self._tracer.layer(begin_ns, summed, index, self._store.clock, self._stretches)
+        self._stretches = []
 
     async def _predict(self, layer: Layer, x: Any) -> list[int]:
         """Experts that a layer will probably need, the most wanted first: its own router's word on
@@ -358,7 +402,7 @@ class Forward:
     async def _yield(self, chunks: Sequence[Chunk]) -> None:
         now = time.perf_counter_ns()
         since = now - self._yielded_ns
-        if since > _IDLE_YIELD_NS or (since > _YIELD_NS and not self._store.drive_idle):
+        if since > _YIELD_NS or (since > _BUSY_YIELD_NS and not self._store.drive_idle):
             await asyncio.sleep(0)
             self._yielded_ns = now
         for chunk in chunks:

@@ -24,7 +24,7 @@ from fomoe.kernels.cpu_arrays import (
     Views,
     aligned_array,
 )
-from fomoe.kernels.cpu_layer import CpuLayer
+from fomoe.kernels.cpu_layer import CpuLayer, CpuTrunk
 from fomoe.kernels.cpu_mixers import CpuMixer
 from fomoe.kernels.cpu_moe import CpuMoeCall, MoeEngine, MoePlan, SharedExpert, moe_shape
 from fomoe.kernels.cpu_plans import (
@@ -352,6 +352,9 @@ class CpuOps:
             engine=self._moe,
             experts=self._moe_plan(parts.moe, parts.shared),
         )
+
+    def trunk(self, layers: Sequence[CpuLayer]) -> CpuTrunk:
+        return CpuTrunk(layers)
 
 
 def _set_isa(isa: str) -> None:

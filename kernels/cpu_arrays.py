@@ -18,6 +18,7 @@ from fomoe.native import ffi
 
 F32Array = npt.NDArray[np.float32]
 I32Array = npt.NDArray[np.int32]
+I64Array = npt.NDArray[np.int64]
 
 HUGE_PAGE = 2 << 20
 _FLOATS = ffi.typeof("float[]")
@@ -105,11 +106,11 @@ class Scratch:
 
 
 class RoutedArrays:
-    """What routers say: h, logits, ids and weights, for up to `max_tokens` tokens. All layers share
-    them."""
+    """What routers say: h, logits, ids and weights, for up to `max_tokens` tokens."""
 
-    def __init__(self, max_tokens: int) -> None:
+    def __init__(self, max_tokens: int, *, with_h: bool = True) -> None:
         self._max_tokens = max_tokens
+        self._with_h = with_h
         self._h = self._logits = self._weights = np.empty(0, np.float32)
         self._ids = np.empty(0, np.int32)
 
@@ -127,7 +128,7 @@ class RoutedArrays:
 
     def reserve(self, spec: MoeSpec) -> None:
         h, logits, ids, _ = (self._max_tokens * width for width in _routed_widths(spec))
-        if h > self._h.size:
+        if self._with_h and h > self._h.size:
             self._h = aligned_array(1, h)[0]
         if logits > self._logits.size:
             self._logits = np.empty(logits, np.float32)
@@ -135,12 +136,13 @@ class RoutedArrays:
             self._ids, self._weights = np.empty(ids, np.int32), np.empty(ids, np.float32)
 
     def take(self, spec: MoeSpec, tokens: int) -> tuple[F32Array, F32Array, I32Array, F32Array]:
-        """h [tokens, hidden], logits [tokens, experts], ids and weights [tokens, top_k]."""
+        """h [tokens, hidden], if it is held, logits [tokens, experts], ids and weights [tokens,
+        top_k]."""
         assert tokens <= self._max_tokens, (tokens, self._max_tokens)
         self.reserve(spec)
         hidden, experts, top_k, _ = _routed_widths(spec)
         return (
-            self._h[: tokens * hidden].reshape(tokens, hidden),
+            self._h[: tokens * hidden].reshape(-1, hidden),
             self._logits[: tokens * experts].reshape(tokens, experts),
             self._ids[: tokens * top_k].reshape(tokens, top_k),
             self._weights[: tokens * top_k].reshape(tokens, top_k),

@@ -1,6 +1,7 @@
-"""A layer on the CPU between two routings: one C call.
+"""Layers on the CPU: one C call from one routing to the next, or for as many layers as need nothing
+in between.
 
-Owns: the C struct that joins the plans of a layer. Does not know: what is computed, models.
+Owns: the C structs that join the plans of a layer. Does not know: what is computed, models.
 """
 
 from __future__ import annotations
@@ -8,13 +9,24 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from fomoe.kernels.cpu_arrays import F32Array, RoutedArrays, Views
+from fomoe.kernels.cpu_arrays import F32Array, I64Array, RoutedArrays, Views
 from fomoe.kernels.cpu_mixers import CpuMixer
 from fomoe.kernels.cpu_moe import CpuMoeCall, MoeEngine, MoePlan
 from fomoe.kernels.cpu_plans import RoutePlan
 from fomoe.kernels.cpu_segments import Segments
-from fomoe.kernels.ops import KvCache, LayerParts, MoeCall, Resident, Routing, Segment
+from fomoe.kernels.ops import SHORT_STEP, KvCache, LayerParts, MoeCall, Resident, Routing, Segment
 from fomoe.native import ffi, lib
+
+Last = tuple[MoeCall, Sequence[Resident]] | None
+
+
+def ending(last: Last) -> Any:
+    """The C struct of what has to be ended first."""
+    if last is None:
+        return ffi.NULL
+    call, experts = last
+    assert isinstance(call, CpuMoeCall)
+    return call.ending(experts)
 
 
 class CpuLayer:
@@ -41,40 +53,59 @@ class CpuLayer:
         self._routed, self._guessed = routed
         self._engine, self._experts = engine, experts
         self._norm = views.of(parts.norm).pointer
+        self._short = RoutedArrays(SHORT_STEP, with_h=False)
+        self._table: I64Array | None = None
         self._began = ffi.new("fomoe_moe **")
-        self._c = ffi.new("fomoe_layer *")
-        self._c.route, self._c.experts, self._c.norm = self._route.c, experts.layer, self._norm
+        self.c = ffi.new("fomoe_layer *")
+        self.c.route, self.c.experts, self.c.norm = self._route.c, experts.layer, self._norm
+        self.c.found = experts.experts
 
     @property
     def marks(self) -> Sequence[int]:
-        return list(self._c.marks)
+        return list(self.c.marks)
+
+    @property
+    def routing(self) -> Routing:
+        return Routing(*self._route.arrays)
+
+    def prepare(self, x: F32Array, segments: Sequence[Segment], cache: KvCache | None) -> None:
+        """Set what varies from step to step."""
+        mixer = self._mixer
+        if mixer is None or cache is not self._cache:
+            mixer = self._mixer = self._make_mixer(cache)
+            self._cache, self.c.mixer = cache, mixer.c
+        tokens = len(x)
+        self._segments.update(segments)
+        mixer.prepare(x, self._parts.room(tokens), self._segments)
+        if tokens != self._route.tokens:
+            h, *shared = self._routed.take(self._parts.moe, tokens)
+            own = self._short.take(self._parts.moe, tokens)[1:] if tokens <= SHORT_STEP else shared
+            self._route.set_outs(self._views, (h, *own))
+
+    def use_table(self, table: I64Array) -> None:
+        """Where the experts are that are in memory, int64 [experts, 3]."""
+        if table is not self._table:
+            assert table.shape == (self._parts.moe.num_experts, 3)
+            self._table = table
+            self.c.table = ffi.from_buffer("int64_t[]", table)
 
     def begin(
         self,
         x: F32Array,
         segments: Sequence[Segment],
         cache: KvCache | None,
-        last: tuple[MoeCall, Sequence[Resident]] | None,
+        last: Last,
     ) -> tuple[Routing, CpuMoeCall]:
-        mixer = self._mixer
-        if mixer is None or cache is not self._cache:
-            mixer = self._mixer = self._make_mixer(cache)
-            self._cache, self._c.mixer = cache, mixer.c
-        tokens = len(x)
-        self._segments.update(segments)
-        mixer.prepare(x, self._parts.room(tokens), self._segments)
-        if tokens != self._route.tokens:
-            self._route.set_outs(self._views, self._routed.take(self._parts.moe, tokens))
-        ending: Any = ffi.NULL
-        if last is not None:
-            call, experts = last
-            assert isinstance(call, CpuMoeCall)
-            ending = call.ending(experts)
-        rc = lib.fomoe_layer_begin(self._c, ending, self._began)
+        self.prepare(x, segments, cache)
+        rc = lib.fomoe_layer_begin(self.c, ending(last), self._began)
         assert rc == 0, f"the experts before were not those that were picked ({rc})"
-        routing = Routing(*self._route.arrays)
+        return self.begun(self._began[0])
+
+    def begun(self, moe: Any) -> tuple[Routing, CpuMoeCall]:
+        """What C began."""
+        routing = self.routing
         self._engine.routed = self._route.picks
-        return routing, CpuMoeCall(self._engine, self._experts, routing, self._began[0])
+        return routing, CpuMoeCall(self._engine, self._experts, routing, moe)
 
     def guess(self, x: F32Array) -> Routing:
         plan, view = self._guess, self._views.of(x)
@@ -82,3 +113,37 @@ class CpuLayer:
             plan.set_outs(self._views, self._guessed.take(self._parts.moe, view.rows))
         lib.fomoe_route_run(plan.c, view.pointer, view.ld, view.rows, self._norm)
         return Routing(*plan.arrays)
+
+
+class CpuTrunk:
+    """fomoe.kernels.ops.TrunkOps."""
+
+    def __init__(self, layers: Sequence[CpuLayer]) -> None:
+        self._layers = tuple(layers)
+        self._c = ffi.new("fomoe_layer *[]", [layer.c for layer in layers])
+        self._walk = ffi.new("fomoe_walk *")
+
+    @property
+    def marks(self) -> Sequence[int]:
+        return list(self._walk.marks[0:3])
+
+    def walk(
+        self,
+        x: F32Array,
+        segments: Sequence[Segment],
+        caches: Sequence[KvCache | None],
+        tables: Sequence[I64Array],
+        first: int,
+        last: Last,
+        most_ns: int,
+    ) -> tuple[int, tuple[Routing, CpuMoeCall] | None]:
+        layers = self._layers
+        if len(x) > SHORT_STEP:
+            return first, None
+        for layer, cache, table in zip(layers, caches, tables, strict=True):
+            layer.prepare(x, segments, cache)
+            layer.use_table(table)
+        walk = self._walk
+        rc = lib.fomoe_layers_walk(self._c, first, len(layers), ending(last), most_ns, walk)
+        assert rc == 0, f"the experts before were not those that were picked ({rc})"
+        return walk.next, layers[walk.next].begun(walk.moe) if walk.begun else None

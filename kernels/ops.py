@@ -22,8 +22,11 @@ A = Any  # a float32 activation array of the backend, [tokens, width], rows cont
 W = Any  # a weight handle made by Ops.weight
 F32Array = npt.NDArray[np.float32]
 I32Array = npt.NDArray[np.int32]
+I64Array = npt.NDArray[np.int64]
 # An expert as compute takes it: its number, and the addresses of gate, up and down.
 Resident = tuple[int, int, int, int]
+# Steps of up to this many tokens are bound by the bytes of weights that they read, and short.
+SHORT_STEP = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -228,6 +231,10 @@ class LayerOps(Protocol):
     @property
     def marks(self) -> Sequence[int]: ...
 
+    @property
+    def routing(self) -> Routing:
+        """That of the latest begin."""
+
     def begin(
         self,
         x: A,
@@ -238,11 +245,37 @@ class LayerOps(Protocol):
         """Run the `last` experts of the layer before (its call, and what run takes, or nothing) and
         finish it; then x += mixer(RMS(x)), route, and begin this layer's experts. `segments` is the
         same object in all layers of a step; `cache` is None for a recurrent layer. The arrays of
-        the Routing are good until the next begin of any layer."""
+        the Routing are good until the next begin of any layer, those of up to SHORT_STEP tokens
+        until this layer's."""
 
     def guess(self, x: A) -> Routing:
         """What the router says of another layer's residual stream. Its arrays are good until the
         next guess of any layer; h is of no use."""
+
+
+class TrunkOps(Protocol):
+    """All layers, in order, for steps of up to SHORT_STEP tokens whose experts are in memory.
+
+    `marks`: as of LayerOps, the first three, of the end of the last layer that walk finished.
+    """
+
+    @property
+    def marks(self) -> Sequence[int]: ...
+
+    def walk(
+        self,
+        x: A,
+        segments: Sequence[Segment],
+        caches: Sequence[KvCache | None],
+        tables: Sequence[I64Array],
+        first: int,
+        last: tuple[MoeCall, Sequence[Resident]] | None,
+        most_ns: int,
+    ) -> tuple[int, tuple[Routing, MoeCall] | None]:
+        """Compute layers from `first` on (and before them end one, as LayerOps.begin does), as long
+        as every pick is in the layer's table, int64 [experts, 3]: the addresses of gate, up and
+        down, or zeros; and for about `most_ns`. The first layer that is not finished, and if it has
+        begun, since it lacks experts, what its begin gave. A backend may compute none."""
 
 
 class Ops(Protocol):
@@ -351,3 +384,6 @@ class Ops(Protocol):
 
     def layer(self, parts: LayerParts) -> LayerOps:
         """The operations of a layer together. UnfusedLayer does them one by one."""
+
+    def trunk(self, layers: Sequence[Any]) -> TrunkOps:
+        """Layers that `layer` made, all of a model's."""

@@ -12,6 +12,7 @@ from fomoe.kernels.ops import (
     A,
     AttentionWeights,
     DeltaWeights,
+    I64Array,
     KvCache,
     LayerParts,
     MoeCall,
@@ -55,6 +56,7 @@ class UnfusedLayer:
     def __init__(self, ops: Ops, parts: LayerParts) -> None:
         self._ops, self._parts = ops, parts
         self.marks: list[int] = []
+        self.routing: Routing
 
     def begin(
         self,
@@ -81,10 +83,28 @@ class UnfusedLayer:
         else:
             self._ops.mix_delta(p.mixer, x, buffers, segments)
         self.marks.append(now())
-        routing = self.guess(x)
+        self.routing = self.guess(x)
         self.marks.append(now())
-        return routing, self._ops.moe(p.moe, routing, p.shared)
+        return self.routing, self._ops.moe(p.moe, self.routing, p.shared)
 
     def guess(self, x: A) -> Routing:
         p = self._parts
         return self._ops.route(p.moe, x, p.norm, p.eps, p.router)
+
+
+class UnfusedTrunk:
+    """fomoe.kernels.ops.TrunkOps that leaves every layer to who asks."""
+
+    marks: Sequence[int] = ()
+
+    def walk(
+        self,
+        x: A,
+        segments: Sequence[Segment],
+        caches: Sequence[KvCache | None],
+        tables: Sequence[I64Array],
+        first: int,
+        last: tuple[MoeCall, Sequence[Resident]] | None,
+        most_ns: int,
+    ) -> tuple[int, None]:
+        return first, None

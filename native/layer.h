@@ -29,11 +29,25 @@ typedef struct fomoe_layer {
     const fomoe_route *route;
     const fomoe_moe_layer *experts;
     const float *norm; /* before the router */
+    const int64_t *table; /* [num_experts][3]: addresses of the experts in memory, or zeros */
+    int64_t *found; /* [num_experts][4] */
     int64_t marks[FOMOE_LAYER_MARKS];
 } fomoe_layer;
+
+/* How far a walk came. */
+typedef struct fomoe_walk {
+    int32_t next;  /* the first layer that is not finished */
+    int32_t begun; /* it has begun, and lacks experts */
+    fomoe_moe *moe; /* its step */
+    int64_t marks[FOMOE_LAYER_MARKS]; /* the first three, where the last layer was not ended by another's begin */
+} fomoe_walk;
 
 /* Ends the layer before (`last` may be NULL), then begins this one: x += experts, x += mixer, routing of x into
  * layer->route's arrays, and *moe as fomoe_moe_begin gives it. 0, or what fomoe_moe_run or _finish complain of. */
 int fomoe_layer_begin(fomoe_layer *layer, const fomoe_moe_last *last, fomoe_moe **moe);
+
+/* Computes layers [first, num) as long as all experts that they pick are in their tables, and for about `most_ns`. */
+int fomoe_layers_walk(fomoe_layer *const *layers, int first, int num, const fomoe_moe_last *last, int64_t most_ns,
+                      fomoe_walk *walk);
 
 #endif

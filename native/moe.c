@@ -132,6 +132,21 @@ static void sort_pairs(fomoe_moe *moe, const int32_t *ids)
     begin[0] = 0;
 }
 
+int fomoe_moe_find(const fomoe_moe *moe, const int64_t *table, int64_t *experts)
+{
+    int num = 0;
+    for (int e = 0; e < moe->shape.num_experts; e++) {
+        if (moe->pair_begin[e] == moe->pair_begin[e + 1])
+            continue;
+        if (!table[3 * e])
+            return -1;
+        int64_t *found = experts + 4 * num++;
+        found[0] = e;
+        memcpy(found + 1, table + 3 * e, 3 * sizeof *table);
+    }
+    return num;
+}
+
 static void up_task(const wave *w, expert_job *job, int chunk, int thread)
 {
     int begin = chunk * job->up_rows_per_task, end = begin + job->up_rows_per_task;

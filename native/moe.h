@@ -42,6 +42,10 @@ fomoe_moe *fomoe_moe_begin(const fomoe_moe_layer *layer, const float *h, int64_t
 /* Says who picked whom, before the first run: ids and weights [tokens][top_k] must stay until finish. */
 void fomoe_moe_pick(fomoe_moe *moe, const int32_t *ids, const float *weights);
 
+/* After fomoe_moe_pick: the picked experts as fomoe_moe_run takes them, by their addresses in table [num_experts][3], gate,
+ * up and down. Their number, or -1 when one has none there (its gate's is 0). */
+int fomoe_moe_find(const fomoe_moe *moe, const int64_t *table, int64_t *experts);
+
 /* Computes experts given as (expert, gate address, up address, down address); one that no token picked costs nothing.
  * -EINVAL when an expert is out of range or was run before in this step. */
 int fomoe_moe_run(fomoe_moe *moe, const int64_t *experts, int num);

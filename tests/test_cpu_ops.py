@@ -343,6 +343,49 @@ class WholeLayers:
         call.finish(x)
         return x
 
+    def walk(self, trunk: Any, x: Floats, position: int, absent: list[int], most_ns: int) -> Floats:
+        """As step, by walks over tables that lack some experts."""
+        x, m = x.copy(), self.mixed
+        segments = [Segment(0, len(x), position, m.pages[0], m.states[0])]
+        at, last, calls = 0, None, 0
+        tables = [np.array([e.addresses(i)[1:] for i in range(12)]) for e in self.experts]
+        for table in tables:
+            table[absent] = 0
+        caches = [m.cache] * 3
+        while at < 3:
+            at, begun = trunk.walk(x, segments, caches, tables, at, last, most_ns)
+            calls += 1
+            assert calls < 8
+            last = None
+            if begun:
+                routing, call = begun
+                ids = np.unique(routing.ids)
+                assert np.isin(ids, absent).any()
+                assert routing.ids is self.layers[at].routing.ids
+                last = call, [self.experts[at].addresses(int(e)) for e in ids]
+                at += 1
+        if last:
+            call.run(last[1])
+            call.finish(x)
+        return x
+
+
+@pytest.mark.parametrize("absent", [[0, 2, 4, 6, 8, 10], [3, 7], []], ids=str)
+@pytest.mark.parametrize("most_ns", [0, 1 << 40])
+def test_a_walk_over_layers_is_one_step_after_the_other(
+    ops: CpuOps, absent: list[int], most_ns: int
+) -> None:
+    walked = WholeLayers(ops, ops.layer)
+    trunk = ops.trunk(walked.layers)
+    other = CpuOps(2, MAX_TOKENS, ops.isa)
+    stepped = WholeLayers(other, other.layer)
+    for position, tokens in ((0, 8), (8, 1), (9, 1), (10, 3)):
+        x = normal(rng(position), tokens, 96)
+        got = walked.walk(trunk, x, position, absent, most_ns)
+        assert np.array_equal(got, stepped.step(x, position))
+    assert trunk.walk(np.zeros((9, 96), np.float32), [], [], [], 1, None, 0) == (1, None)
+    other.close()
+
 
 def test_layers_in_one_call_are_those_in_many(ops: CpuOps) -> None:
     fused = WholeLayers(ops, ops.layer)

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Set
 
+import numpy as np
+import numpy.typing as npt
+
 from fomoe.experts.cache import ExpertCache
 from fomoe.experts.layout import ExpertLayout
 from fomoe.experts.ledger import Ledger
@@ -19,11 +22,12 @@ from fomoe.kernels.ops import Resident as Resident
 class LayerExperts:
     """`address` holds the slot of every loading or ready expert, else 0; `ready` those whose bytes
     are there, as compute takes them; `held` those that a step still has to compute; `transit` those
-    in slots that belong to no layer."""
+    in slots that belong to no layer. `table` int64 [experts, 3] has the addresses of those that are
+    ready in slots of the layer's own, else zeros."""
 
     __slots__ = (
         "_ledger", "address", "ahead", "cache", "held", "index", "layout", "loading", "pool",
-        "predicted", "ready", "reserve", "transit", "window_ns",
+        "predicted", "ready", "reserve", "table", "transit", "window_ns",
     )  # fmt: skip
 
     def __init__(
@@ -43,6 +47,7 @@ class LayerExperts:
         self.window_ns = 0.0  # a running mean of how long a step computes before it has to wait
         self.address = [0] * layout.num_experts
         self.ready: dict[int, Resident] = {}
+        self.table: npt.NDArray[np.int64] = np.zeros((layout.num_experts, 3), np.int64)
         self.loading: dict[int, ReadRequest] = {}
         self.transit: set[int] = set()
         self.held: set[int] = set()
@@ -87,7 +92,10 @@ class LayerExperts:
 
     def land(self, expert: int) -> None:
         """The expert's bytes are in its slot."""
-        self.ready[expert] = (expert, *self.layout.addresses(expert, self.address[expert]))
+        addresses = self.layout.addresses(expert, self.address[expert])
+        self.ready[expert] = (expert, *addresses)
+        if expert not in self.transit:
+            self.table[expert] = addresses
 
     def release(self, experts: Iterable[int], *, keep: bool, newcomers: bool) -> None:
         """Compute is done with these experts. One in transit goes, or with `keep` takes the slot of
@@ -104,6 +112,7 @@ class LayerExperts:
                 self.pool.give_transit(self._evict(victim))
                 self.transit.remove(expert)
                 self.cache.admit(expert, self.address[expert])
+                self.table[expert] = self.ready[expert][1:]
 
     def drop_transit(self, wanted: Set[int] = frozenset()) -> None:
         """Give back transit slots of experts that are ready and not wanted."""
@@ -115,6 +124,7 @@ class LayerExperts:
         slot = self.address[expert]
         self.address[expert] = 0
         self.ready.pop(expert, None)
+        self.table[expert] = 0
         self._ledger.note_eviction(self.index, expert)
         if expert in self.transit:
             self.transit.remove(expert)
@@ -128,6 +138,7 @@ class LayerExperts:
         assert slot
         assert victim not in self.held
         del self.ready[victim]
+        self.table[victim] = 0
         self.address[victim] = 0
         self.cache.evict(victim)
         self._ledger.note_eviction(self.index, victim)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import asyncio
 import select
 import time
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from functools import partial
 
 import numpy as np
@@ -62,6 +62,8 @@ class ExpertStore:
         ]
         self._steps: list[ExpertStep | None] = [None] * len(self._layers)
         self.stats: StoreStats = self._ledger.stats
+        # Of each layer, where the experts are that a step may use without asking: LayerExperts.
+        self.tables = [state.table for state in self._layers]
         self.num_ahead = 0  # experts being read that no step waits for
         self._read_ns = 0.0  # a running mean of a read's time in flight
         self._landing = asyncio.Event()
@@ -216,12 +218,26 @@ class ExpertStore:
         if step.pending:
             self._read_pending(step)
         if state.transit:
-            self._abandon_unwanted(state, step)
+            self._abandon_unwanted(state, step.wanted)
         return step
 
-    def _abandon_unwanted(self, state: LayerExperts, step: ExpertStep) -> None:
+    def passed(self, layer: int, experts: Sequence[int], counts: Sequence[int]) -> None:
+        """A step has computed `experts` of a layer by its table, without asking: what begin notes
+        of a step that misses nothing."""
+        state, stats, picks = self._layers[layer], self.stats, sum(counts)
+        stats.uses += len(experts)
+        stats.hits += len(experts)
+        stats.picks += picks
+        stats.pick_hits += picks
+        self._ledger.note_picks(layer, experts, counts, (), {})
+        if state.transit:
+            wanted = frozenset(experts)
+            state.drop_transit(wanted)
+            self._abandon_unwanted(state, wanted)
+
+    def _abandon_unwanted(self, state: LayerExperts, wanted: Set[int]) -> None:
         """Guesses that were wrong: what of them has not been sent to the drive is not read."""
-        for expert in [e for e in state.transit if e in state.loading and e not in step.wanted]:
+        for expert in [e for e in state.transit if e in state.loading and e not in wanted]:
             self._reader.abandon(state.loading[expert])
 
     def _promote(self, state: LayerExperts, expert: int) -> None:

@@ -27,6 +27,7 @@ from fomoe.kernels.ops import (
     Routing,
     Segment,
     Tensor,
+    TrunkOps,
     W,
 )
 from fomoe.models.base import OUTPUT, OUTPUT_NORM, HyperParameters, LayerParameters, WeightSource
@@ -188,6 +189,7 @@ class Model:
         hp = builder.hp
         self.parameters = hp
         self.layers = tuple(layers)
+        self.trunk: TrunkOps = builder.ops.trunk([layer.ops for layer in layers])
         self._ops = builder.ops
         self._x = builder.ops.buffer(builder.max_tokens, hp.hidden)
         self._logits = builder.ops.buffer(min(builder.max_tokens, HEAD_ROWS), hp.vocab_size)
