@@ -35,6 +35,7 @@ from fomoe.models import HEAD_ROWS, HyperParameters, LayerParameters, Model
 from fomoe.places import Place
 from fomoe.plan import LayerNeed
 from fomoe.state import kv_bytes, recurrent_bytes
+from fomoe.trace import Tracer
 from fomoe.weights import Progress, region_bytes
 
 _log = logging.getLogger(__name__)
@@ -189,7 +190,7 @@ class Fleet:
         """As state.LayerArrays."""
         return self.device_of(layer).array(shape, dtype)
 
-    def tiers(self) -> dict[int, DeviceTier]:
+    def tiers(self, tracer: Tracer | None) -> dict[int, DeviceTier]:
         """By layer, the experts of the device that computes it."""
         tiers = {}
         for number, (device, plan) in enumerate(zip(self.devices, self.plans, strict=True)):
@@ -213,6 +214,8 @@ class Fleet:
                 {p.index: self._layouts[p.index] for p in own},
                 caches,
                 {p.index: slots.get(p.index, none) for p in own},
+                number=number,
+                tracer=tracer,
             )
             tiers.update(dict.fromkeys(caches, tier))
         return tiers

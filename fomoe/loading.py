@@ -172,7 +172,7 @@ async def load(
             array=fleet.array if fleet else in_arena(arena),
         )
         pools = _pools(plan, arena)
-        tiers = fleet.tiers() if fleet else None
+        tiers = fleet.tiers(tracer) if fleet else None
         store = _store(hp, options, layouts, pools, plan, reader, tracer, tiers)
         places = await fleet.places(tiers) if fleet and tiers else ()
         residency = _residency(gguf, hp, options, layouts, store, drive, tracer, exits)

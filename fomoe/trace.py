@@ -72,6 +72,7 @@ class Kind(enum.IntEnum):
     SUBSTITUTE = 10  # `expert` was replaced by expert a; b = probability moved, in millionths
     # What is written for the most frequent events, and read back as the plain records above:
     LAYER_PARTS = 11  # LAYER without stalls, with the nanoseconds of COMPACT_PARTS
+    COPY = 13  # an expert's copy to a device: begin = queued, a bytes, b = device * 2 + 1 if ahead
     PICKS = 12  # USEs of one token, eight a record: expert * 4 + Source, or NO_PICK
 
 

@@ -17,6 +17,10 @@ from fomoe import Engine, Sampling
 from fomoe.experts.placement import Costs
 from fomoe.io.open import open_reader
 from fomoe.kernels.device_host import HostDevice
+from fomoe.tracing.perfetto import write_chrome_trace
+from fomoe.tracing.recording import read_recording
+from fomoe.tracing.summary import summarise
+from fomoe.tracing.text import render
 
 TOY = dataclasses.replace(K_TOY, layers=5, experts=32, top_k=4)
 GREEDY = Sampling(temperature=0.0)
@@ -309,3 +313,21 @@ def test_car_and_audits_on_devices(model, devices):
 
         car = CarOptions.parse("prior:0.5")
     run(main())
+
+
+def test_copies_are_recorded(model, devices, tmp_path):
+    devices.chosen[0] = "copy"
+
+    async def main():
+        path = tmp_path / "copies.trace"
+        async with Engine.open(model, device="cpu,cpu", trace=path, **OPTIONS) as engine:
+            await text_of(engine)
+            return path, sum(tier.stats.copied for tier in tiers(engine))
+
+    path, copied = run(main())
+    summary = summarise(read_recording(path))
+    assert summary.copies.experts == copied
+    assert f"Copies to devices: {copied:,} experts" in render(summary)
+    with (tmp_path / "trace.json").open("w") as out:
+        write_chrome_trace(summary, out)
+    assert (tmp_path / "trace.json").read_text().count("copies to device") == 2

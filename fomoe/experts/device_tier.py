@@ -15,6 +15,7 @@ leaves for it becomes a staging slot: nothing is copied twice.
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ from fomoe.experts.device_layout import DeviceLayout
 from fomoe.experts.layer import Resident
 from fomoe.kernels.device import Device, Event
 from fomoe.kernels.ops import A
+from fomoe.trace import Kind, Tracer
 
 Sources = Callable[[Sequence[Resident]], None]
 
@@ -75,7 +77,8 @@ class _Layer:
 
 class DeviceTier:
     """`layouts`, `caches` and `slots`: of the layers that the device computes, by layer. Layers
-    whose experts have one size share slots; a cache's capacity is what a layer may take of them."""
+    whose experts have one size share slots; a cache's capacity is what a layer may take of them.
+    `number`: the device's, for recordings."""
 
     def __init__(
         self,
@@ -83,8 +86,12 @@ class DeviceTier:
         layouts: Mapping[int, DeviceLayout],
         caches: Mapping[int, ExpertCache],
         slots: Mapping[int, DeviceSlots],
+        *,
+        number: int = 0,
+        tracer: Tracer | None = None,
     ) -> None:
         self.device = device
+        self._number, self._tracer = number, tracer
         self.stats = TierStats()
         self._layers = {
             i: _Layer(
@@ -179,14 +186,14 @@ class DeviceTier:
         that are queued from here on take them. `copied` is called once their host memory may be
         reused. The caller has to queue those kernels and then call `computed`."""
         state = self._layers[layer]
-        slots, event = self._upload(state, experts, copied)
+        slots, event = self._upload(layer, experts, copied)
         self.device.compute.wait(event)
         return [state.layout.resident(e[0], s) for e, s in zip(experts, slots, strict=True)]
 
     def copy_ahead(self, layer: int, experts: Sequence[Resident], copied: Sources) -> None:
         """Queue copies for the layer's next step, at most `room_ahead`."""
         state = self._layers[layer]
-        slots, event = self._upload(state, experts, copied)
+        slots, event = self._upload(layer, experts, copied, ahead=True)
         self.stats.copied_ahead += len(experts)
         for expert, slot in zip(experts, slots, strict=True):
             state.ahead[expert[0]] = slot, event
@@ -222,7 +229,7 @@ class DeviceTier:
                 state.cache.admit(expert[0], 0)
                 chosen.append(expert)
         if chosen:
-            slots, done = self._upload(state, chosen, copied)
+            slots, done = self._upload(layer, chosen, copied)
             for expert, slot in zip(chosen, slots, strict=True):
                 state.cache.evict(expert[0])
                 state.cache.admit(expert[0], slot)
@@ -234,9 +241,10 @@ class DeviceTier:
         self._publish(self._layers[layer])
 
     def _upload(
-        self, state: _Layer, experts: Sequence[Resident], copied: Sources
+        self, layer: int, experts: Sequence[Resident], copied: Sources, *, ahead: bool = False
     ) -> tuple[list[int], Event]:
-        uploads = self.device.uploads
+        uploads, state = self.device.uploads, self._layers[layer]
+        begin = time.perf_counter_ns()
         slots = []
         for expert in experts:
             slot, free = state.slots.ring.popleft()
@@ -248,8 +256,22 @@ class DeviceTier:
         event = uploads.record()
         self.stats.copied += len(experts)
         self.stats.copied_bytes += len(experts) * state.layout.expert_bytes
-        self.device.when(event, lambda: copied(experts))
+
+        def done() -> None:
+            self._note(layer, experts, begin, ahead)
+            copied(experts)
+
+        self.device.when(event, done)
         return slots, event
+
+    def _note(self, layer: int, experts: Sequence[Resident], begin: int, ahead: bool) -> None:
+        if self._tracer is None:
+            return
+        end, nbytes = time.perf_counter_ns(), self._layers[layer].layout.expert_bytes
+        for expert in experts:
+            self._tracer.event(
+                Kind.COPY, begin, end, layer, expert[0], a=nbytes, b=2 * self._number + ahead
+            )
 
     def _make_room(self, state: _Layer, expert: int, picked: Sequence[int], event: Event) -> bool:
         """Whether the layer has a slot for the expert; the slot that it gives up for it goes to

@@ -18,7 +18,7 @@ from fomoe.tracing.stalls import StallReasons
 from fomoe.tracing.summary import Summary
 from fomoe.tracing.timeline import submitted
 
-STEPS, LAYERS, COMPUTE, STALLS, CHANGES, READS = 1, 2, 3, 4, 5, 10
+STEPS, LAYERS, COMPUTE, STALLS, CHANGES, READS, COPIES = 1, 2, 3, 4, 5, 10, 300
 LANES = {
     STEPS: "steps",
     LAYERS: "layers",
@@ -63,6 +63,7 @@ def _events(summary: Summary) -> Iterator[Event]:
     yield from _stalls(summary, start)
     yield from _reads(t.reads, start)
     yield from _changes(records, start)
+    yield from _copies(records, start)
     for i in np.flatnonzero(summary.times.picks).tolist():
         rate = summary.times.hits[i] / summary.times.picks[i]
         at = (int(t.steps["begin"][i]) - start) / 1e3
@@ -100,6 +101,16 @@ def _reads(reads: Records, start: int) -> Iterator[Event]:
         args = {"bytes": r[2], "queued us": (b - r[0]) / 1e3, "layer": r[6], "expert": r[5]}
         span = (b, r[1])
         yield _span(READS + n % MAX_READ_LANES, start, span, f"{kind} {r[6]}/{r[5]}", args)
+
+
+def _copies(records: Records, start: int) -> Iterator[Event]:
+    """By device; batches that overlap are drawn over each other."""
+    copies = records[records["kind"] == Kind.COPY]
+    for device in np.unique(copies["b"] >> 1).tolist():
+        yield _named("thread_name", COPIES + device, f"copies to device {device}")
+    for r in copies.tolist():
+        name = f"{'ahead' if r[3] & 1 else 'copy'} {r[6]}/{r[5]}"
+        yield _span(COPIES + (r[3] >> 1), start, r, name, {"bytes": r[2]})
 
 
 def _changes(records: Records, start: int) -> Iterator[Event]:

@@ -41,6 +41,15 @@ class Substitution:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Copies:
+    """Experts copied to devices, how many of them ahead of their layer, and the bytes."""
+
+    experts: int
+    ahead: int
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Summary:
     recording: Recording
     timeline: Timeline
@@ -51,6 +60,7 @@ class Summary:
     reasons: list[ReasonTotal]
     prediction: Prediction | None
     substitution: Substitution | None
+    copies: Copies | None
 
 
 def summarise(recording: Recording, *, stalls: int = 15) -> Summary:
@@ -69,6 +79,7 @@ def summarise(recording: Recording, *, stalls: int = 15) -> Summary:
         reasons=reasons.totals(),
         prediction=_prediction(recording.records),
         substitution=_substitution(recording.records),
+        copies=_copies(recording.records),
     )
 
 
@@ -81,6 +92,14 @@ def _prediction(records: Records) -> Prediction | None:
         picked=int(predicted["b"].sum()),
         prefetched=int((records["kind"] == Kind.PREFETCH).sum()),
     )
+
+
+def _copies(records: Records) -> Copies | None:
+    copies = records[records["kind"] == Kind.COPY]
+    if not len(copies):
+        return None
+    ahead, nbytes = int((copies["b"] & 1).sum()), int(copies["a"].sum())
+    return Copies(experts=len(copies), ahead=ahead, bytes=nbytes)
 
 
 def _substitution(records: Records) -> Substitution | None:
@@ -120,6 +139,7 @@ def as_json(summary: Summary) -> dict[str, Any]:
             ],
             "prediction": asdict(summary.prediction) if summary.prediction else None,
             "substitution": asdict(summary.substitution) if summary.substitution else None,
+            "copies": asdict(summary.copies) if summary.copies else None,
         }.items()
     }
 

@@ -185,6 +185,12 @@ def _routing(summary: Summary) -> Iterator[str]:
             f" ({_percent(c.replaced / c.uses) if c.uses else NONE} of uses),"
             f" {c.moved / c.replaced:.4f} of probability moved by each"
         )
+    if summary.copies:
+        d = summary.copies
+        yield (
+            f"Copies to devices: {d.experts:,} experts, {d.ahead:,} of them ahead,"
+            f" {d.bytes / 1e9:.3f} GB"
+        )
 
 
 def _layers(phase: Phase, rows: Sequence[LayerTimes]) -> Iterator[str]:
