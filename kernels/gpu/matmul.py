@@ -28,12 +28,14 @@ from fomoe.kernels.gpu.blocks import (
     row_bytes,
 )
 from fomoe.kernels.gpu.launch import OPTIONS
-from fomoe.kernels.gpu.moe import sigmoid
+from fomoe.kernels.gpu.moe import pointer, sigmoid
 from fomoe.kernels.gpu.weights import GpuWeight
 from fomoe.kernels.ops import MoeSpec
 
 # Rows of x and of the matrix in a tile, chunks of a row at a time, warps.
-TILE_TOKENS, TILE_ROWS, TILE_CHUNKS, WARPS = 64, 64, 8, 4
+TILE_TOKENS, TILE_ROWS, TILE_CHUNKS, WARPS = 64, 64, 4, 8
+# Loads go to registers: staged in shared memory they would need more of it than cards have.
+STAGES = 1
 # An expert has few tokens of a chunk: 512 tokens with top 10 of 512 experts give it ten.
 EXPERT_TOKENS = 32
 
@@ -126,8 +128,8 @@ def grouped_gate_up_kernel(
             x_rows = h + (pick // TOP_K) * h_stride
             row = tl.program_id(0) * N + tl.arange(0, N)
             rows = tl.minimum(row, FF - 1).to(tl.int64)
-            gate = tl.multiple_of(gate_address, [16]).to(tl.pointer_type(tl.uint8), bitcast=True)
-            up = tl.multiple_of(up_address, [16]).to(tl.pointer_type(tl.uint8), bitcast=True)
+            gate = pointer(gate_address)
+            up = pointer(up_address)
             g = tile_product(x_rows, there, gate, rows, GATE_TYPE, COLS, GATE_CHUNKS, EMULATE)
             u = tile_product(x_rows, there, up, rows, UP_TYPE, COLS, UP_CHUNKS, EMULATE)
             at = act + pick[:, None] * FF + row[None, :]
@@ -150,7 +152,7 @@ def grouped_down_kernel(
             pick = tl.load(order + place, there, 0)
             row = tl.program_id(0) * N + tl.arange(0, N)
             rows = tl.minimum(row, HIDDEN - 1).to(tl.int64)
-            down = tl.multiple_of(address, [16]).to(tl.pointer_type(tl.uint8), bitcast=True)
+            down = pointer(address)
             y = tile_product(act + pick * FF, there, down, rows, TYPE, FF, CHUNKS, EMULATE)
             at = out + pick[:, None] * HIDDEN + row[None, :]
             tl.store(at, y, there[:, None] & (row < HIDDEN)[None, :])
@@ -169,7 +171,7 @@ def matmul(x: Any, weight: GpuWeight, out: Any, *, add: bool = False) -> None:
         x, x.stride(0), tokens, weight.data, weight.rows, out, out.stride(0),
         TYPE=weight.type.name, COLS=cols, CHUNKS=tile_chunks(weight.type.name),
         M=TILE_TOKENS, N=TILE_ROWS, ADD=add, EMULATE=_interpreted(x),
-        num_warps=WARPS, **OPTIONS,
+        num_warps=WARPS, num_stages=STAGES, **OPTIONS,
     )  # fmt: skip
 
 
@@ -178,8 +180,8 @@ def _interpreted(x: Any) -> bool:
 
 
 def tile_chunks(type_name: str) -> int:
-    """Chunks of a tile: quads of four columns each make the depth of a product, 32 at least."""
-    return max(TILE_CHUNKS, 64 // int(chunk_cols(type_name)))
+    """Chunks of a tile: quads of four columns each make the depth of a product, 16 at least."""
+    return max(TILE_CHUNKS, 32 // int(chunk_cols(type_name)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -225,7 +227,8 @@ def grouped_gate_up(spec: MoeSpec, h: Any, groups: Groups, table: Any, act: Any)
         h, h.stride(0), groups.order, groups.tiles, groups.ends, table, act,
         GATE_TYPE=gate, UP_TYPE=up, COLS=spec.hidden, FF=spec.ff, TOP_K=picks // len(h),
         GATE_CHUNKS=tile_chunks(gate), UP_CHUNKS=tile_chunks(up),
-        M=EXPERT_TOKENS, N=TILE_ROWS, EMULATE=_interpreted(act), num_warps=WARPS, **OPTIONS,
+        M=EXPERT_TOKENS, N=TILE_ROWS, EMULATE=_interpreted(act), num_warps=WARPS,
+        num_stages=STAGES, **OPTIONS,
     )  # fmt: skip
 
 
@@ -240,5 +243,6 @@ def grouped_down(spec: MoeSpec, act: Any, groups: Groups, table: Any, out: Any) 
     grouped_down_kernel[(triton.cdiv(spec.hidden, TILE_ROWS), len(groups.tiles))](
         act, groups.order, groups.tiles, groups.ends, table, out,
         TYPE=name, HIDDEN=spec.hidden, FF=spec.ff, CHUNKS=tile_chunks(name),
-        M=EXPERT_TOKENS, N=TILE_ROWS, EMULATE=_interpreted(act), num_warps=WARPS, **OPTIONS,
+        M=EXPERT_TOKENS, N=TILE_ROWS, EMULATE=_interpreted(act), num_warps=WARPS,
+        num_stages=STAGES, **OPTIONS,
     )  # fmt: skip

@@ -27,10 +27,15 @@ GATE, UP, DOWN = range(3)
 
 
 @triton.jit
+def pointer(address):
+    """Bytes at a 16-byte aligned device address."""
+    return tl.multiple_of(address.to(tl.pointer_type(tl.uint8)), 16)
+
+
+@triton.jit
 def _rows_of(address, first, num_rows, ROWS: tl.constexpr):
     """Pointer to a matrix in device memory, and ROWS of its rows that exist."""
-    weights = tl.multiple_of(address, [16]).to(tl.pointer_type(tl.uint8), bitcast=True)
-    return weights, tl.minimum(first + tl.arange(0, ROWS), num_rows - 1).to(tl.int64)
+    return pointer(address), tl.minimum(first + tl.arange(0, ROWS), num_rows - 1).to(tl.int64)
 
 
 @triton.jit
