@@ -64,11 +64,15 @@ int fomoe_isa_set(int isa)
     return 0;
 }
 
-/* The kernel of a type on the ISA in use. */
-static fomoe_rows_fn kernel_of(int type)
+/* The kernel of a type on the ISA in use, for so many tokens. */
+static fomoe_rows_fn kernel_of(int type, int num_rows)
 {
 #if defined(__x86_64__)
     int size = fomoe_type_block_size(type), isa = fomoe_isa_get();
+    fomoe_rows_fn row = num_rows != 1 || isa < FOMOE_ISA_AVX2 ? 0
+                        : isa >= FOMOE_ISA_AVX512 ? fomoe_row_avx512(type) : fomoe_row_avx2(type);
+    if (row)
+        return row;
     if (isa == FOMOE_ISA_AMX && size > 1)
         return size == 256 ? fomoe_rows_amx_256 : fomoe_rows_amx_32;
     if (isa >= FOMOE_ISA_AVX512)
@@ -85,5 +89,5 @@ static fomoe_rows_fn kernel_of(int type)
 void fomoe_matmul_rows(const fomoe_matrix *w, const fomoe_act *act, const int32_t *rows, int num_rows,
                        int row_begin, int row_end, float *y, int64_t ldy)
 {
-    kernel_of(w->type)(w, act, rows, num_rows, row_begin, row_end, y, ldy);
+    kernel_of(w->type, num_rows)(w, act, rows, num_rows, row_begin, row_end, y, ldy);
 }

@@ -25,7 +25,7 @@ int fomoe_isa_best(void);
 int fomoe_isa_get(void);
 int fomoe_isa_set(int isa);
 
-/* A row-major matrix of ggml type `type`: rows * row_bytes bytes at `data`, at any alignment. */
+/* A row-major matrix of ggml type `type`: rows * row_bytes bytes at `data`, at any alignment, without gaps. */
 typedef struct {
     const void *data;
     int64_t row_bytes;

@@ -26,6 +26,10 @@ fomoe_rows_fn fomoe_rows_avx512_256(int type);
 fomoe_rows_fn fomoe_rows_avx512_32(int type);
 fomoe_rows_fn fomoe_rows_avx512_float(int type);
 
+/* A quantised type's kernel for one token (num_rows 1). */
+fomoe_rows_fn fomoe_row_avx2(int type);
+fomoe_rows_fn fomoe_row_avx512(int type);
+
 /* The types with blocks of 256 and of 32 on AMX, whatever the type. */
 void fomoe_rows_amx_256(const fomoe_matrix *w, const fomoe_act *act, const int32_t *rows, int num_rows,
                         int row_begin, int row_end, float *y, int64_t ldy);

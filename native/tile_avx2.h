@@ -71,14 +71,12 @@ TILE_INLINE tile_rows tile_rows_at(const fomoe_matrix *w, int row_begin, int row
 }
 
 /* 16 bytes at `offset` of every row as four vectors: lane r of out[j] is dword j of row r. */
-TILE_INLINE void load_lanes(const tile_rows *t, size_t offset, vec out[4])
+TILE_INLINE void lanes_of(const uint8_t *const *row, size_t offset, vec out[4])
 {
     __m256i z[4];
     for (int k = 0; k < 4; k++) {
-        if (k % 2 == 0)
-            _mm_prefetch(t->next + TILE_ROWS * offset + 32 * k, _MM_HINT_T1);
-        z[k] = _mm256_castsi128_si256(_mm_loadu_si128((const void *)(t->row[k] + offset)));
-        z[k] = _mm256_inserti128_si256(z[k], _mm_loadu_si128((const void *)(t->row[4 + k] + offset)), 1);
+        z[k] = _mm256_castsi128_si256(_mm_loadu_si128((const void *)(row[k] + offset)));
+        z[k] = _mm256_inserti128_si256(z[k], _mm_loadu_si128((const void *)(row[4 + k] + offset)), 1);
     }
     __m256i lo01 = _mm256_unpacklo_epi32(z[0], z[1]), hi01 = _mm256_unpackhi_epi32(z[0], z[1]);
     __m256i lo23 = _mm256_unpacklo_epi32(z[2], z[3]), hi23 = _mm256_unpackhi_epi32(z[2], z[3]);
@@ -86,6 +84,15 @@ TILE_INLINE void load_lanes(const tile_rows *t, size_t offset, vec out[4])
     out[1] = _mm256_unpackhi_epi64(lo01, lo23);
     out[2] = _mm256_unpacklo_epi64(hi01, hi23);
     out[3] = _mm256_unpackhi_epi64(hi01, hi23);
+}
+
+/* The same of a tile. Walks the next tile linearly, ahead of the interleaved row streams, which no prefetcher
+ * follows. */
+TILE_INLINE void load_lanes(const tile_rows *t, size_t offset, vec out[4])
+{
+    for (int k = 0; k < TILE_ROWS / 4; k++)
+        _mm_prefetch(t->next + TILE_ROWS * offset + 64 * k, _MM_HINT_T1);
+    lanes_of(t->row, offset, out);
 }
 
 /* The two bytes at `offset` of every row, as floats from half precision. */

@@ -78,17 +78,15 @@ TILE_INLINE tile_rows tile_rows_at(const fomoe_matrix *w, int row_begin, int row
     return t;
 }
 
-/* 16 bytes at `offset` of every row as four vectors: lane r of out[j] is dword j of row r.
- * Walks the next tile linearly, ahead of the 16 interleaved row streams, which no prefetcher follows. */
-TILE_INLINE void load_lanes(const tile_rows *t, size_t offset, __m512i out[4])
+/* 16 bytes at `offset` of every row as four vectors: lane r of out[j] is dword j of row r. */
+TILE_INLINE void lanes_of(const uint8_t *const *row, size_t offset, __m512i out[4])
 {
     __m512i z[4];
     for (int k = 0; k < 4; k++) {
-        _mm_prefetch(t->next + TILE_ROWS * offset + 64 * k, _MM_HINT_T1);
-        z[k] = _mm512_castsi128_si512(_mm_loadu_si128((const void *)(t->row[k] + offset)));
-        z[k] = _mm512_inserti32x4(z[k], _mm_loadu_si128((const void *)(t->row[4 + k] + offset)), 1);
-        z[k] = _mm512_inserti32x4(z[k], _mm_loadu_si128((const void *)(t->row[8 + k] + offset)), 2);
-        z[k] = _mm512_inserti32x4(z[k], _mm_loadu_si128((const void *)(t->row[12 + k] + offset)), 3);
+        z[k] = _mm512_castsi128_si512(_mm_loadu_si128((const void *)(row[k] + offset)));
+        z[k] = _mm512_inserti32x4(z[k], _mm_loadu_si128((const void *)(row[4 + k] + offset)), 1);
+        z[k] = _mm512_inserti32x4(z[k], _mm_loadu_si128((const void *)(row[8 + k] + offset)), 2);
+        z[k] = _mm512_inserti32x4(z[k], _mm_loadu_si128((const void *)(row[12 + k] + offset)), 3);
     }
     __m512i lo01 = _mm512_unpacklo_epi32(z[0], z[1]), hi01 = _mm512_unpackhi_epi32(z[0], z[1]);
     __m512i lo23 = _mm512_unpacklo_epi32(z[2], z[3]), hi23 = _mm512_unpackhi_epi32(z[2], z[3]);
@@ -96,6 +94,15 @@ TILE_INLINE void load_lanes(const tile_rows *t, size_t offset, __m512i out[4])
     out[1] = _mm512_unpackhi_epi64(lo01, lo23);
     out[2] = _mm512_unpacklo_epi64(hi01, hi23);
     out[3] = _mm512_unpackhi_epi64(hi01, hi23);
+}
+
+/* The same of a tile. Walks the next tile linearly, ahead of the interleaved row streams, which no prefetcher
+ * follows. */
+TILE_INLINE void load_lanes(const tile_rows *t, size_t offset, vec out[4])
+{
+    for (int k = 0; k < TILE_ROWS / 4; k++)
+        _mm_prefetch(t->next + TILE_ROWS * offset + 64 * k, _MM_HINT_T1);
+    lanes_of(t->row, offset, out);
 }
 
 /* The two bytes at `offset` of every row, as floats from half precision. */

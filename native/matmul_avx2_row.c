@@ -1,0 +1,13 @@
+/* AVX2 products of one token.
+ *
+ * Owns: nothing but the choice by type. Does not know: how a product is computed (row_256.h).
+ */
+#if defined(__x86_64__)
+#include "row_avx2.h"
+#include "row_256.h"
+
+fomoe_rows_fn fomoe_row_avx2(int type)
+{
+    return row_of_type_256(type);
+}
+#endif
