@@ -231,7 +231,7 @@ def test_command_line(tmp_path: Path) -> None:
     write_recording(path, make_trace(60))
     for arguments, expected in (
         (["--policy", "lfu,mass", "--ahead", "1", "--cold"], ["belady", "million picks"]),
-        (["--policy", "lfu", "--car", "off", "--car", "ratio:0.5"], ["ratio:0.5"]),
+        (["--car", "off", "--car", "ratio:0.5"], ["ratio:0.5"]),
     ):
         command = [sys.executable, str(SIMULATE), str(path), "--capacity", "25%,12", *arguments]
         result = subprocess.run(command, capture_output=True, text=True, timeout=60)
