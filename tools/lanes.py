@@ -99,6 +99,10 @@ class LaneResidency(Residency):
         slots = [int(p.moe.num_experts * share) for p in self._loaded.hp.layers]
         self._make = partial(Lane, self._loaded, slots, policy, car, backfill)
 
+    @property
+    def substitutes(self) -> bool:
+        return True  # also where nobody stands in: every routing has to come by
+
     def begin_step(self, chunks: Sequence[Chunk]) -> None:
         assert all(c.decodes for c in chunks), "lanes compute token by token"
         self._rows = []
