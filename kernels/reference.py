@@ -26,7 +26,7 @@ from fomoe.kernels.ops import (
     Tensor,
 )
 from fomoe.kernels.table import QuantType
-from fomoe.kernels.unfused import UnfusedLayer, UnfusedMixers, UnfusedTrunk
+from fomoe.kernels.unfused import UnfusedLayer, UnfusedMixers
 
 F64Array = npt.NDArray[np.float64]
 
@@ -200,9 +200,6 @@ class ReferenceOps(UnfusedMixers):
 
     def layer(self, parts: LayerParts) -> UnfusedLayer:
         return UnfusedLayer(self, parts)
-
-    def trunk(self, layers: Sequence[Any]) -> UnfusedTrunk:
-        return UnfusedTrunk()
 
 
 class ReferenceMoeCall:

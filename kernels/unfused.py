@@ -14,6 +14,7 @@ from fomoe.kernels.ops import (
     DeltaWeights,
     I64Array,
     KvCache,
+    LayerOps,
     LayerParts,
     MoeCall,
     Ops,
@@ -24,7 +25,7 @@ from fomoe.kernels.ops import (
 
 
 class UnfusedMixers:
-    """The mixers of a backend that does each operation by itself."""
+    """The mixers and the trunk of a backend that does each operation by itself."""
 
     def mix_attention(
         self: Ops,
@@ -48,6 +49,9 @@ class UnfusedMixers:
         self.linear(x, w.inputs, ins, norm=w.norm, eps=w.eps)
         self.delta_net(w.spec, w.layer, qkv, z, beta, alpha, conv, bias, a, norm, segments, out)
         self.linear_add(out, w.output, x)
+
+    def trunk(self, layers: Sequence[LayerOps]) -> UnfusedTrunk:
+        return UnfusedTrunk()
 
 
 class UnfusedLayer:
