@@ -1,4 +1,4 @@
-/* One token times rows, on AVX2: what row_256.h is written in.
+/* One token times rows, on AVX2: what row_256.h and row_32.h are written in.
  *
  * Owns: dot products of 32 columns, and the sums across lanes. Does not know: how a type packs its codes.
  */
@@ -9,7 +9,10 @@
 
 enum { VEC_BYTES = 32, VEC_LANES = 2 }; /* lanes of 16 bytes */
 
-#define ROW_REST_256 fomoe_rows_avx2_256 /* for rows that do not fill a tile */
+/* For rows that do not fill a tile. */
+#define ROW_REST_256 fomoe_rows_avx2_256
+#define ROW_REST_32 fomoe_rows_avx2_32
+
 #define v_zero _mm256_setzero_si256
 #define v_add _mm256_add_epi32
 #define v_madd _mm256_madd_epi16
@@ -107,6 +110,30 @@ TILE_INLINE vec v_sum_across(const vec v[VEC_LANES])
 TILE_INLINE vec v_transpose_dwords(vec v)
 {
     return _mm256_permutevar8x32_epi32(v, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+}
+
+/* In every lane, sums of 32 columns: low * x + high * x1, to be added up. */
+TILE_INLINE vec v_sum_blocks(vec low, vec high, vec x, vec x1, int signed_codes)
+{
+    vec ones = _mm256_set1_epi16(1);
+    vec a = multiply_bytes(low, x, signed_codes), b = multiply_bytes(high, x1, signed_codes);
+    if (signed_codes) /* 16 bits hold two products */
+        return v_add(v_madd(a, ones), v_madd(b, ones));
+    return v_madd(_mm256_add_epi16(a, b), ones);
+}
+
+/* 16 in bytes i and 8 + i of every lane whose bit i is set. */
+TILE_INLINE vec v_fifth(vec bits)
+{
+    vec select = _mm256_set1_epi64x((int64_t)0x8040201008040201);
+    return v_and(_mm256_cmpeq_epi8(v_and(bits, select), select), v_set8(0x10));
+}
+
+/* fomoe_e8m0_half of every dword. */
+TILE_INLINE vecf vf_e8m0_half(vec e)
+{
+    vec normal = v_slli(v_sub(e, v_set32(1)), 23), small = _mm256_sllv_epi32(v_set32(0x00200000), e);
+    return _mm256_castsi256_ps(_mm256_blendv_epi8(normal, small, _mm256_cmpgt_epi32(v_set32(2), e)));
 }
 
 /* Words 0 .. 7 of sixteen, of as many blocks as there are lanes. */

@@ -1,4 +1,4 @@
-/* One token times rows, on AVX-512: what row_256.h is written in.
+/* One token times rows, on AVX-512: what row_256.h and row_32.h are written in.
  *
  * Owns: dot products of 64 columns, and the sums across lanes. Does not know: how a type packs its codes.
  */
@@ -9,7 +9,10 @@
 
 enum { VEC_BYTES = 64, VEC_LANES = 4 }; /* lanes of 16 bytes */
 
-#define ROW_REST_256 fomoe_rows_avx512_256 /* for rows that do not fill a tile */
+/* For rows that do not fill a tile. */
+#define ROW_REST_256 fomoe_rows_avx512_256
+#define ROW_REST_32 fomoe_rows_avx512_32
+
 #define v_zero _mm512_setzero_si512
 #define v_add _mm512_add_epi32
 #define v_madd _mm512_madd_epi16
@@ -113,6 +116,27 @@ TILE_INLINE vec v_sum_across(const vec v[VEC_LANES])
 TILE_INLINE vec v_transpose_dwords(vec v)
 {
     return _mm512_permutexvar_epi32(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), v);
+}
+
+/* In every lane, sums of 32 columns: low * x + high * x1, to be added up. */
+TILE_INLINE vec v_sum_blocks(vec low, vec high, vec x, vec x1, int signed_codes)
+{
+    (void)signed_codes;
+    return _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(v_zero(), low, x), high, x1);
+}
+
+/* 16 in bytes i and 8 + i of every lane whose bit i is set. */
+TILE_INLINE vec v_fifth(vec bits)
+{
+    return _mm512_maskz_mov_epi8(_mm512_test_epi8_mask(bits, _mm512_set1_epi64((int64_t)0x8040201008040201)),
+                                 v_set8(0x10));
+}
+
+/* fomoe_e8m0_half of every dword. */
+TILE_INLINE vecf vf_e8m0_half(vec e)
+{
+    vec normal = v_slli(v_sub(e, v_set32(1)), 23), small = _mm512_sllv_epi32(v_set32(0x00200000), e);
+    return _mm512_castsi512_ps(_mm512_mask_blend_epi32(_mm512_cmplt_epi32_mask(e, v_set32(2)), normal, small));
 }
 
 /* Words 0 .. 7 of sixteen, of as many blocks as there are lanes. */
