@@ -160,7 +160,9 @@ async def run_sample(engine: Engine, test: BenchTest, source: TokenSource) -> Sa
         yield from test.pieces(tokens)
         marks.append((time.perf_counter(), totals(engine)))
 
-    async for _ in engine.feed(pieces(), max_tokens=test.total_tokens):
+    # Where nothing comes before them, the first of generated tokens is one of them too.
+    stepwise = not (test.prompt or test.depth)
+    async for _ in engine.feed(pieces(), max_tokens=test.total_tokens, stepwise=stepwise):
         pass
     (begin, before), (end, after) = marks
     return Sample(

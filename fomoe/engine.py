@@ -194,15 +194,17 @@ class Engine:
             self._cancel(sequence)
 
     async def feed(
-        self, pieces: Iterable[AnySequence[int]], *, max_tokens: int
+        self, pieces: Iterable[AnySequence[int]], *, max_tokens: int, stepwise: bool = False
     ) -> AsyncIterator[npt.NDArray[np.float32]]:
         """Compute tokens that the caller has, piece by piece; yields the logits after each piece,
         float32 [vocab].
 
         A piece is taken when the iteration goes on, so it may depend on the logits before it. All
-        pieces together have at most `max_tokens` tokens: that much of the context is taken.
+        pieces together have at most `max_tokens` tokens: that much of the context is taken. The
+        first piece counts as a prompt; `stepwise` computes it token by token too, as generation
+        does (with CAR).
         """
-        sequence = Sequence((), sampler=None, max_tokens=max_tokens, fed=True)
+        sequence = Sequence((), sampler=None, max_tokens=max_tokens, fed=True, stepwise=stepwise)
         self._check_room(max_tokens)
         self._submit(sequence)
         try:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from toy import K_TOY, write_toy
 
-from fomoe import Engine, RequestError
+from fomoe import CarOptions, Engine, RequestError
 from fomoe.bench import BenchResult, BenchTest, Sample, TokenSource, run_sample, warm_up
 from fomoe.cli import main
 from fomoe.commands.bench import _numbers, _pair
@@ -83,6 +83,17 @@ def test_a_test_computes_its_tokens_and_no_others(model, test, name, steps):
     assert taken.picks == test.timed_tokens * TOY.layers * TOY.top_k
     assert taken.seconds > 0
     assert taken.expert_bytes > 0 or test.depth
+
+
+def test_stand_ins_are_for_all_generated_tokens_and_no_others(model):
+    async def metered(test):
+        car = CarOptions.parse("on")
+        async with Engine.open(model, context=64, cache_share=0.5, car=car) as engine:
+            await run_sample(engine, test, TokenSource(TOY.vocab))
+            return engine.stats().residency.car.token_layers
+
+    assert run(metered(BenchTest(generated=5))) == 5 * TOY.layers
+    assert run(metered(BenchTest(prompt=6, generated=2))) == 2 * TOY.layers
 
 
 def test_warm_up_leaves_nothing_to_read(model):
