@@ -12,6 +12,7 @@ or they come late.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import mmap
 import os
 from collections import deque
@@ -135,7 +136,9 @@ class CudaDevice:
         self._own.append(memory)
         array = np.frombuffer(memory, np.uint8, nbytes).view(dtype).reshape(shape)
         if nbytes:
-            self.pin(array.ctypes.data, nbytes)
+            # Where it is refused, who pins the large memory is told.
+            with contextlib.suppress(OSError):
+                self.pin(array.ctypes.data, nbytes)
         return array
 
     def address(self, array: Any) -> int:

@@ -32,7 +32,7 @@ from fomoe.kernels.gpu.routing import GpuRouting, StandIns, choose, to_device
 from fomoe.kernels.gpu.scratch import Scratch, scratch_floats
 from fomoe.kernels.gpu.shared import SharedExpert
 from fomoe.kernels.gpu.steps import SHORT, Steps
-from fomoe.kernels.gpu.weights import GpuWeight, upload
+from fomoe.kernels.gpu.weights import GpuWeight, host_bytes, upload
 from fomoe.kernels.ops import (
     AttentionSpec,
     DeltaSpec,
@@ -45,7 +45,7 @@ from fomoe.kernels.ops import (
 )
 from fomoe.kernels.quant import dequantize
 from fomoe.kernels.table import F32, QuantType
-from fomoe.kernels.unfused import UnfusedLayer, UnfusedMixers
+from fomoe.kernels.unfused import UnfusedLayer, UnfusedMixers, UnfusedTrunk
 
 R = TypeVar("R")
 
@@ -149,7 +149,7 @@ class GpuOps(UnfusedMixers):
         return upload(tensor, str(self.device))
 
     def vector(self, tensor: Tensor) -> Any:
-        values = dequantize(tensor.type, tensor.data, tensor.shape)
+        values = dequantize(tensor.type, host_bytes(tensor), tensor.shape)
         return torch.from_numpy(values).to(self.device)
 
     def buffer(self, rows: int, cols: int) -> Any:
@@ -270,6 +270,9 @@ class GpuOps(UnfusedMixers):
 
     def layer(self, parts: LayerParts) -> UnfusedLayer:
         return UnfusedLayer(self, parts)
+
+    def trunk(self, layers: Sequence[Any]) -> UnfusedTrunk:
+        return UnfusedTrunk()
 
 
 def _delta_sizes(spec: DeltaSpec, num_tokens: int, num_segments: int) -> tuple[int, int]:
