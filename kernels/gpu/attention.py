@@ -22,7 +22,10 @@ from fomoe.kernels.gpu.rope import rotate
 from fomoe.kernels.gpu.steps import TILE, Steps
 from fomoe.kernels.ops import AttentionSpec, KvCache
 
-BLOCK_N = 64  # keys at a time
+# Keys at a time, and query rows of a part of a tile: with heads of 256 more of either spill
+# registers, or take more shared memory than the 64 KiB that AMD's cards have.
+BLOCK_N, TILE_ROWS = 32, 32
+WARPS, STAGES = 4, 2
 BLOCK_H = 8  # heads that one program prepares
 
 
@@ -182,24 +185,26 @@ def tiles_kernel(
     q, k_cache, v_cache, tiles, positions, page_starts, pages, out,
     ld_q, ld_out, page_tokens, scale,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, Q_WIDTH: tl.constexpr,
-    TILE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, GATED: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, GATED: tl.constexpr,
 ):  # fmt: skip
-    """One head of TILE consecutive rows of a segment. Grid: tiles, heads."""
+    """One head of ROWS consecutive rows of a tile. Grid: tiles, heads, parts of a tile."""
     tile, head = tl.program_id(0), tl.program_id(1)
     start = tl.load(tiles + 4 * tile)
     length = tl.load(tiles + 4 * tile + 1)
-    offset = tl.load(tiles + 4 * tile + 2)
-    m, d = tl.arange(0, TILE), tl.arange(0, BLOCK_D)
+    offset = tl.load(tiles + 4 * tile + 2) + tl.program_id(2) * ROWS
+    if offset >= length:
+        return
+    m, d = tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
     row = (start + offset + m).to(tl.int64)
     inside = (offset + m < length)[:, None] & (d < D)[None, :]
     at = row[:, None] * ld_q + head * Q_WIDTH + d[None, :]
     query = tl.load(q + at, mask=inside, other=0.0)
     first = tl.load(positions + start + offset)
-    end = first + tl.minimum(TILE, length - offset)
+    end = first + tl.minimum(ROWS, length - offset)
     own_pages = pages + tl.load(page_starts + start)
     _, total, sums = _attend(
         query.to(k_cache.dtype.element_ty), k_cache, v_cache, own_pages, head // GROUP, 0, end,
-        first + m, page_tokens, scale, KV_HEADS, D, TILE, BLOCK_D, BLOCK_N,
+        first + m, page_tokens, scale, KV_HEADS, D, ROWS, BLOCK_D, BLOCK_N,
     )  # fmt: skip
     result = sums / total[:, None]
     if GATED:
@@ -249,7 +254,7 @@ def attend(
             scratch.ranges, q.stride(0), cache.page_tokens, spec.scale,
             KV_HEADS=spec.kv_heads, GROUP=group, D=dim, Q_WIDTH=width,
             ROWS=max(16, triton.next_power_of_2(group)), BLOCK_D=block_d, SPLITS=splits,
-            BLOCK_N=BLOCK_N, num_warps=4,
+            BLOCK_N=BLOCK_N, num_warps=WARPS, num_stages=STAGES,
         )  # fmt: skip
         combine_kernel[(steps.num_rows, spec.heads)](
             scratch.sums, scratch.ranges, q, t.rows, out, q.stride(0), out.stride(0),
@@ -257,9 +262,10 @@ def attend(
             BLOCK_S=triton.next_power_of_2(splits), GATED=spec.gated, num_warps=4,
         )  # fmt: skip
     if steps.num_tiles:
-        tiles_kernel[(steps.num_tiles, spec.heads)](
+        tiles_kernel[(steps.num_tiles, spec.heads, TILE // TILE_ROWS)](
             q, cache.k, cache.v, t.tiles, t.positions, t.page_starts, t.pages, out,
             q.stride(0), out.stride(0), cache.page_tokens, spec.scale,
-            KV_HEADS=spec.kv_heads, GROUP=group, D=dim, Q_WIDTH=width, TILE=TILE,
-            BLOCK_D=block_d, BLOCK_N=32, GATED=spec.gated, num_warps=8,
+            KV_HEADS=spec.kv_heads, GROUP=group, D=dim, Q_WIDTH=width, ROWS=TILE_ROWS,
+            BLOCK_D=block_d, BLOCK_N=BLOCK_N, GATED=spec.gated, num_warps=WARPS,
+            num_stages=STAGES,
         )  # fmt: skip

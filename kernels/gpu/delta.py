@@ -23,7 +23,9 @@ from fomoe.kernels.gpu.norm import gated_norm, sigmoid
 from fomoe.kernels.gpu.steps import TILE, Steps
 from fomoe.kernels.ops import DeltaSpec
 
+CHUNK_WARPS = 8
 CHUNK = 32  # tokens; T takes CHUNK dependent steps, the state one pass a chunk
+PIECE = 32  # of a head's dimensions
 BLOCK_V = 32  # rows of a head's state that one program keeps in registers
 _CONV_CHANNELS = 128
 
@@ -81,9 +83,16 @@ def _log_decay(alpha, dt_bias, a):
 
 
 @triton.jit
-def _unit(x, eps):
-    """Rows of x [n, D] divided by their lengths."""
-    return x / tl.sqrt(tl.sum(x * x, 1) + eps)[:, None]
+def _load_units(rows, D: tl.constexpr, inside, eps, PIECES: tl.constexpr, PIECE: tl.constexpr):
+    """Vectors [D] at pointers `rows` [CHUNK] divided by their lengths: [PIECES, CHUNK, PIECE].
+
+    Products over D are made of pieces, so that a warp holds a piece and not whole vectors: a
+    product over 128 at once spills thousands of bytes.
+    """
+    i = (tl.arange(0, PIECES) * PIECE)[:, None, None] + tl.arange(0, PIECE)[None, None, :]
+    x = tl.load(rows[None, :, None] + i, mask=inside[None, :, None] & (i < D), other=0.0)
+    squares = tl.sum(tl.sum(x * x, 2), 0)
+    return x / tl.sqrt(squares + eps)[None, :, None]
 
 
 @triton.jit
@@ -144,7 +153,8 @@ def solve_kernel(
     mixed, beta, alpha, dt_bias, a, tiles, solved,
     ld_mixed, ld_beta, ld_alpha, eps,
     K_HEADS: tl.constexpr, V_HEADS: tl.constexpr, D: tl.constexpr, TILED: tl.constexpr,
-    BLOCK_D: tl.constexpr, CHUNK: tl.constexpr, PER_TILE: tl.constexpr,
+    PIECES: tl.constexpr, PIECE: tl.constexpr, CHUNK: tl.constexpr, PER_TILE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """T of one chunk and head: solved [tile, part of tile, V head, CHUNK, CHUNK]. Grid: tiles,
     V heads, PER_TILE."""
@@ -153,19 +163,17 @@ def solve_kernel(
     length = tl.load(tiles + 4 * tile + 1)
     offset = tl.load(tiles + 4 * tile + 2) + part * CHUNK
     if offset < length:
-        t, i = tl.arange(0, CHUNK), tl.arange(0, BLOCK_D)
+        t = tl.arange(0, CHUNK)
         inside = offset + t < length
         row = (start + offset + t).to(tl.int64)
-        key_at = (K_HEADS + _key_head(head, K_HEADS, V_HEADS, TILED)) * D + i
-        both = inside[:, None] & (i < D)[None, :]
-        at = mixed + row[:, None] * ld_mixed + key_at[None, :]
-        k = _unit(tl.load(at, mask=both, other=0.0), eps)
+        key_at = (K_HEADS + _key_head(head, K_HEADS, V_HEADS, TILED)) * D
+        k = _load_units(mixed + row * ld_mixed + key_at, D, inside, eps, PIECES, PIECE)
         rate = sigmoid(tl.load(beta + row * ld_beta + head, mask=inside, other=0.0))
         rate = tl.where(inside, rate, 0.0)
         g = _chunk_decay(alpha, dt_bias, a, row, inside, ld_alpha, head)
         below = t[:, None] > t[None, :]
         decay = tl.exp(tl.where(below, g[:, None] - g[None, :], 0.0))
-        products = tl.dot(k, tl.trans(k), input_precision="ieee")
+        products = tl.sum(tl.dot(k, tl.permute(k, (0, 2, 1)), input_precision=PRECISION), 0)
         # inverse - I by forward substitution, row after row
         inverse = tl.where(below, -rate[:, None] * products * decay, 0.0)
         for n in range(2, CHUNK):
@@ -182,7 +190,8 @@ def chunks_kernel(
     mixed, alpha, dt_bias, a, states, segments, solved, out,
     ld_mixed, ld_alpha, ld_out, eps,
     K_HEADS: tl.constexpr, V_HEADS: tl.constexpr, D: tl.constexpr, TILED: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, CHUNK: tl.constexpr, PER_TILE: tl.constexpr,
+    PIECES: tl.constexpr, PIECE: tl.constexpr, BLOCK_V: tl.constexpr, CHUNK: tl.constexpr,
+    PER_TILE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The delta rule by chunks for BLOCK_V rows of one head's state. Grid: long segments, V heads,
     blocks of rows. Formulas: at the top."""
@@ -192,38 +201,42 @@ def chunks_kernel(
     first_tile = tl.load(segments + 4 * segment + 2)
     number = tl.load(segments + 4 * segment + 3)
     state = tl.load(states + 2 * number + 1).to(tl.pointer_type(tl.float32))
-    t, i = tl.arange(0, CHUNK), tl.arange(0, BLOCK_D)
+    t = tl.arange(0, CHUNK)
     j = block * BLOCK_V + tl.arange(0, BLOCK_V)
-    state_at = state + head.to(tl.int64) * D * D + i[:, None] + j[None, :] * D
-    state_inside = (i < D)[:, None] & (j < D)[None, :]
-    s = tl.load(state_at, mask=state_inside, other=0.0)  # [BLOCK_D (k), BLOCK_V]
-    key_at = _key_head(head, K_HEADS, V_HEADS, TILED) * D + i
+    i = (tl.arange(0, PIECES) * PIECE)[:, None, None] + tl.arange(0, PIECE)[None, :, None]
+    state_at = state + head.to(tl.int64) * D * D + i + j[None, None, :] * D
+    state_inside = (i < D) & (j < D)[None, None, :]
+    s = tl.load(state_at, mask=state_inside, other=0.0)  # [PIECES, PIECE (of k), BLOCK_V]
+    key_at = _key_head(head, K_HEADS, V_HEADS, TILED) * D
     for offset in range(0, length, CHUNK):
         inside = offset + t < length
         row = (start + offset + t).to(tl.int64)
-        own = mixed + row[:, None] * ld_mixed
-        keys = inside[:, None] & (i < D)[None, :]
-        q = tl.load(own + key_at[None, :], mask=keys, other=0.0)
-        q = _unit(q, eps) / tl.sqrt(float(D))
-        k = _unit(tl.load(own + (K_HEADS * D + key_at)[None, :], mask=keys, other=0.0), eps)
+        own = mixed + row * ld_mixed
+        k = _load_units(own + K_HEADS * D + key_at, D, inside, eps, PIECES, PIECE)
+        q = _load_units(own + key_at, D, inside, eps, PIECES, PIECE) / tl.sqrt(float(D))
         values = inside[:, None] & (j < D)[None, :]
-        v = tl.load(own + (2 * K_HEADS * D + head * D + j)[None, :], mask=values, other=0.0)
+        at = own[:, None] + (2 * K_HEADS * D + head * D + j)[None, :]
+        v = tl.load(at, mask=values, other=0.0)
         g = _chunk_decay(alpha, dt_bias, a, row, inside, ld_alpha, head)
         grown = tl.exp(g)[:, None]
         chunk = (first_tile * PER_TILE + offset // CHUNK) * V_HEADS + head
         t_at = solved + chunk.to(tl.int64) * CHUNK * CHUNK + t[:, None] * CHUNK + t[None, :]
-        known = tl.dot(k * grown, s, input_precision="ieee")
-        written = tl.dot(tl.load(t_at), v - known, input_precision="ieee")
+        known = tl.sum(tl.dot(k, s, input_precision=PRECISION), 0) * grown
+        written = tl.dot(tl.load(t_at), v - known, input_precision=PRECISION)
         upto = t[:, None] >= t[None, :]
         decay = tl.exp(tl.where(upto, g[:, None] - g[None, :], 0.0))
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+        scores = tl.sum(tl.dot(q, tl.permute(k, (0, 2, 1)), input_precision=PRECISION), 0)
         scores = tl.where(upto, scores * decay, 0.0)
-        result = tl.dot(q * grown, s, input_precision="ieee")
-        result += tl.dot(scores, written, input_precision="ieee")
-        tl.store(out + row[:, None] * ld_out + (head * D + j)[None, :], result, mask=values)
+        result = tl.sum(tl.dot(q, s, input_precision=PRECISION), 0) * grown
+        result += tl.dot(scores, written, input_precision=PRECISION)
+        to = out + row[:, None] * ld_out + (head * D + j)[None, :]
+        tl.store(to, result, mask=values)
         last = tl.min(g)  # log decays are not positive
-        fading = tl.exp(last - g)[:, None]
-        s = s * tl.exp(last) + tl.dot(tl.trans(k * fading), written, input_precision="ieee")
+        faded = tl.broadcast_to(
+            (written * tl.exp(last - g)[:, None])[None, :, :], (PIECES, CHUNK, BLOCK_V)
+        )
+        s = s * tl.exp(last)
+        s += tl.dot(tl.permute(k, (0, 2, 1)), faded, input_precision=PRECISION)
     tl.store(state_at, s, mask=state_inside)
 
 
@@ -239,6 +252,12 @@ class DeltaScratch:
 def solved_floats(spec: DeltaSpec, max_tokens: int, num_segments: int) -> int:
     """Floats of DeltaScratch.solved for steps of that size."""
     return (max_tokens // TILE + num_segments) * TILE * CHUNK * spec.v_heads
+
+
+def _precision(x: torch.Tensor) -> str:
+    """How products round: each factor as two bfloat16, which keeps 16 bits of it, on the matrix
+    units of every card. Float32 itself is spilled by the kilobyte. The interpreter has only that."""
+    return "ieee" if x.device.type == "cpu" else "bf16x3"
 
 
 def delta_net(
@@ -262,7 +281,7 @@ def delta_net(
     block_d = max(16, triton.next_power_of_2(dim))
     block_v = min(BLOCK_V, block_d)
     shape = dict(
-        K_HEADS=spec.k_heads, V_HEADS=spec.v_heads, D=dim, TILED=spec.tiled, BLOCK_D=block_d,
+        K_HEADS=spec.k_heads, V_HEADS=spec.v_heads, D=dim, TILED=spec.tiled,
     )  # fmt: skip
     parts = [(t.short, steps.num_short, steps.max_short), (t.tiles, steps.num_tiles, TILE)]
     for table, num_parts, span in parts:
@@ -277,18 +296,22 @@ def delta_net(
         steps_kernel[(steps.num_short, spec.v_heads, triton.cdiv(dim, block_v))](
             mixed, beta, alpha, dt_bias, a, states, t.short, out,
             mixed.stride(0), beta.stride(0), alpha.stride(0), out.stride(0), spec.eps,
-            **shape, BLOCK_V=block_v, num_warps=4,
+            **shape, BLOCK_D=block_d, BLOCK_V=block_v, num_warps=4,
         )  # fmt: skip
     if steps.num_long:
-        per_tile = TILE // CHUNK
+        per_tile, piece = TILE // CHUNK, min(PIECE, block_d)
+        chunked = shape | dict(
+            PIECES=block_d // piece, PIECE=piece, CHUNK=CHUNK, PER_TILE=per_tile,
+            PRECISION=_precision(out), num_warps=CHUNK_WARPS, num_stages=1,
+        )  # fmt: skip
         solve_kernel[(steps.num_tiles, spec.v_heads, per_tile)](
             mixed, beta, alpha, dt_bias, a, t.tiles, scratch.solved,
             mixed.stride(0), beta.stride(0), alpha.stride(0), spec.eps,
-            **shape, CHUNK=CHUNK, PER_TILE=per_tile, num_warps=4,
+            **chunked,
         )  # fmt: skip
         chunks_kernel[(steps.num_long, spec.v_heads, triton.cdiv(dim, block_v))](
             mixed, alpha, dt_bias, a, states, t.long, scratch.solved, out,
             mixed.stride(0), alpha.stride(0), out.stride(0), spec.eps,
-            **shape, BLOCK_V=block_v, CHUNK=CHUNK, PER_TILE=per_tile, num_warps=4,
+            **chunked, BLOCK_V=block_v,
         )  # fmt: skip
     gated_norm(out, z, norm, spec.v_heads, spec.eps)
