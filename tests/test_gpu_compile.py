@@ -1,4 +1,4 @@
-"""Every kernel compiles for cards that are not here, without spills and with wide loads.
+"""Every kernel compiles for cards that are not here, with few spills and with wide loads.
 
 Each kernel with one type for every target, and every type for one of them in turn.
 """
@@ -18,6 +18,14 @@ KERNELS = (
     "matvec Q4_K", "gate_up Q4_K", "down Q6_K", "combine", "matmul Q6_K", "grouped gate_up Q4_K",
     "grouped down Q6_K",
 )  # fmt: skip
+LAYERS = (
+    "prepare", "rows", "join rows", "tiles", "convolve a token", "convolve a tile", "delta steps",
+    "delta solve", "delta chunks", "pick", "stand-ins ratio", "stand-ins prior",
+    "stand-ins max-rank", "rms_norm", "gated_norm", "activate",
+)  # fmt: skip
+# Bytes a thread that the most demanding ones spill, on the worst target each.
+SPILLED = {"delta chunks": 1088, "rows": 352, "tiles": 352}
+SHARED_BYTES = 64 * 1024  # what every card has
 OTHERS = (
     "matvec Q5_K", "matvec Q8_0", "matvec IQ4_XS", "matvec MXFP4", "matvec F32", "matvec Q5_0",
     "matvec F16", "matvec BF16", "down Q4_K",
@@ -30,7 +38,7 @@ def compilers() -> Iterator[dict[str, subprocess.Popen[str]]]:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     started = {}
     for i, target in enumerate(TARGETS):
-        names = (*KERNELS, *OTHERS[i :: len(TARGETS)])
+        names = (*KERNELS, *LAYERS, *OTHERS[i :: len(TARGETS)])
         only = [argument for name in names for argument in ("--only", name)]
         started[target] = subprocess.Popen(
             [sys.executable, "-P", "-m", "fomoe.kernels.gpu.compile", target, "--json", *only],
@@ -51,7 +59,8 @@ def test_kernels_compile(compilers: dict[str, subprocess.Popen[str]], target: st
     results = json.loads(output[output.index("[\n") :])
     assert len(results) >= len(KERNELS)
     for result in results:
-        assert result["spill_bytes"] == 0, result
+        assert result["spill_bytes"] <= SPILLED.get(result["kernel"], 0), result
+        assert result["shared_bytes"] <= SHARED_BYTES or result["kernel"] not in LAYERS, result
         loads = {int(size): count for size, count in result["loads"].items()}
         total = sum(size * count for size, count in loads.items())
         assert 16 * loads.get(16, 0) > 0.9 * total or not result["wide"], result

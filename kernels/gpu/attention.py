@@ -25,7 +25,7 @@ from fomoe.kernels.ops import AttentionSpec, KvCache
 # Keys at a time, and query rows of a part of a tile: with heads of 256 more of either spill
 # registers, or take more shared memory than the 64 KiB that AMD's cards have.
 BLOCK_N, TILE_ROWS = 32, 32
-WARPS, STAGES = 4, 2
+WARPS, TILE_WARPS, STAGES = 4, 8, 2
 BLOCK_H = 8  # heads that one program prepares
 
 
@@ -266,6 +266,6 @@ def attend(
             q, cache.k, cache.v, t.tiles, t.positions, t.page_starts, t.pages, out,
             q.stride(0), out.stride(0), cache.page_tokens, spec.scale,
             KV_HEADS=spec.kv_heads, GROUP=group, D=dim, Q_WIDTH=width, ROWS=TILE_ROWS,
-            BLOCK_D=block_d, BLOCK_N=BLOCK_N, GATED=spec.gated, num_warps=WARPS,
+            BLOCK_D=block_d, BLOCK_N=BLOCK_N, GATED=spec.gated, num_warps=TILE_WARPS,
             num_stages=STAGES,
         )  # fmt: skip

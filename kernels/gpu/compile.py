@@ -26,6 +26,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fomoe.kernels.gpu import matmul, matvec, moe
+from fomoe.kernels.gpu.compile_layers import layer_kernels
+from fomoe.kernels.gpu.kernel import Kernel
 from fomoe.kernels.gpu.launch import OPTIONS, row_shape
 
 TARGETS = {
@@ -37,22 +39,6 @@ TARGETS = {
 }
 HIDDEN, FF, TOP_K = 4096, 1024, 10  # Qwen3.5-397B
 TYPES = ("Q4_K", "Q5_K", "Q6_K", "Q8_0", "Q5_0", "IQ4_XS", "MXFP4", "F16", "BF16", "F32")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Kernel:
-    """A kernel with the types of its arguments ("*u8": bytes, 16-byte aligned) and its constants.
-
-    `wide`: nearly all that it loads can be loaded 16 bytes at a time.
-    """
-
-    name: str
-    function: Any
-    arguments: dict[str, str]
-    constants: dict[str, Any]
-    warps: int
-    wide: bool
-    stages: int = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,7 +65,7 @@ def kernels(arch: str) -> list[Kernel]:
     made = [_matvec(name, HIDDEN, arch) for name in TYPES]
     made += [_gate_up("Q4_K", arch), _down("Q4_K", arch), _down("Q6_K", arch), _combine()]
     made += [_matmul(name) for name in ("Q4_K", "Q6_K", "F16")]
-    return [*made, _grouped_gate_up("Q4_K"), _grouped_down("Q6_K")]
+    return [*made, _grouped_gate_up("Q4_K"), _grouped_down("Q6_K"), *layer_kernels()]
 
 
 def _matvec(name: str, cols: int, arch: str) -> Kernel:
@@ -208,7 +194,9 @@ def compile_kernel(kernel: Kernel, target: str) -> Compiled:
     signature = {name: kernel.arguments.get(name, "constexpr") for name in names}
     # What the launcher finds out by itself: pointers and row strides are multiples of 16.
     aligned = [
-        i for i, n in enumerate(names) if signature[n].startswith("*") or n.endswith("_stride")
+        i
+        for i, n in enumerate(names)
+        if signature[n].startswith("*") or n.endswith("_stride") or n.startswith("ld_")
     ]
     source = ASTSource(
         fn=kernel.function,

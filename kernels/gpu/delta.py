@@ -256,7 +256,7 @@ def solved_floats(spec: DeltaSpec, max_tokens: int, num_segments: int) -> int:
 
 def _precision(x: torch.Tensor) -> str:
     """How products round: each factor as two bfloat16, which keeps 16 bits of it, on the matrix
-    units of every card. Float32 itself is spilled by the kilobyte. The interpreter has only that."""
+    units of every card. Float32 is spilled by the kilobyte; the interpreter has only that."""
     return "ieee" if x.device.type == "cpu" else "bf16x3"
 
 

@@ -28,7 +28,7 @@ from fomoe.kernels.gpu.matvec import matvec
 from fomoe.kernels.gpu.moe_call import GpuMoeCall
 from fomoe.kernels.gpu.norm import rms_norm
 from fomoe.kernels.gpu.recorded import Recorded
-from fomoe.kernels.gpu.routing import GpuRouting, StandIns, choose, to_device
+from fomoe.kernels.gpu.routing import GpuRouting, Mailbox, StandIns, choose, to_device
 from fomoe.kernels.gpu.scratch import Scratch, scratch_floats
 from fomoe.kernels.gpu.shared import SharedExpert
 from fomoe.kernels.gpu.steps import SHORT, Steps
@@ -69,6 +69,7 @@ class GpuOps(UnfusedMixers):
         self._steps = Steps(self.device, max_tokens)
         self._scratch = Scratch(self.device)
         self._recorded: Recorded[Any] = Recorded(self.device)
+        self._mailbox: Mailbox | None = None  # of what is being recorded
         self._stand_ins: dict[int, StandIns] = {}  # by id of the layer's router
         self._programs = _WAVES * _num_multiprocessors(self.device)
 
@@ -90,7 +91,15 @@ class GpuOps(UnfusedMixers):
         if any(s.length > 1 for s in segments):
             return launch()
         generation = self._steps.generation + self._scratch.generation
-        result: R = self._recorded.run((key, len(segments)), launch, generation)
+
+        def launch_again(first: Any) -> Any:
+            self._mailbox = first.mailbox if isinstance(first, GpuRouting) else None
+            try:
+                return launch()
+            finally:
+                self._mailbox = None
+
+        result: R = self._recorded.run((key, len(segments)), launch_again, generation)
         return result
 
     # ---- memory ----
@@ -263,7 +272,7 @@ class GpuOps(UnfusedMixers):
         rms_norm(x, norm, h, eps)
         logits = self.buffer(len(x), spec.num_experts)
         self._multiply(h, (router,), (logits,))
-        return choose(spec, h, logits, self._stand_ins.get(id(router)))
+        return choose(spec, h, logits, self._stand_ins.get(id(router)), self._mailbox)
 
     def moe(self, spec: MoeSpec, routing: Routing, shared: SharedExpert | None) -> GpuMoeCall:
         return GpuMoeCall(spec, routing, shared, self._multiply)

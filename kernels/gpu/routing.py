@@ -19,34 +19,52 @@ from fomoe.kernels.gpu.route import pick
 from fomoe.kernels.ops import F32Array, I32Array, MoeSpec, Routing
 
 
+@dataclass(frozen=True, slots=True)
+class Mailbox:
+    """Pinned host memory: `picks` int32 (ids, then weights, of every set of them), `logits`
+    float32 [T, experts]. A block of torch's allocator is not used again before copies into it are
+    done."""
+
+    picks: Any
+    logits: Any
+
+    @staticmethod
+    def like(picks: Any, logits: Any) -> Mailbox:
+        made = (torch.empty_like(a, device="cpu", pin_memory=a.is_cuda) for a in (picks, logits))
+        return Mailbox(*made)
+
+
 @dataclass(slots=True)
 class GpuRouting(Routing):
     """`h` is of the device; `ids`, `weights` and `logits` are pinned host memory, valid once an
     event recorded after the route has been reached.
 
     `device_ids` and `device_weights` [T, top_k] are what the kernels take unless the host has put
-    other arrays into `ids` and `weights`. `picked_ids` and `picked_weights`: what the router said
-    where stand-ins were chosen on the device, else the very arrays of `ids` and `weights`.
+    other arrays into `ids` and `weights` than were sent. `picked_ids` and `picked_weights`: what
+    the router said where stand-ins were chosen on the device, else the same arrays.
     """
 
     device_ids: Any
     device_weights: Any
     picked_ids: I32Array
     picked_weights: F32Array
-    mailbox: tuple[I32Array, F32Array]
+    sent_ids: I32Array
+    sent_weights: F32Array
+    mailbox: Mailbox
 
 
 def device_picks(routing: Routing, device: Any) -> tuple[Any, Any]:
     """ids and weights on the device: what the router left there, or what the host put in its
     place."""
-    if isinstance(routing, GpuRouting):
-        ids, weights = routing.mailbox
-        if routing.ids is ids and routing.weights is weights:
-            return routing.device_ids, routing.device_weights
-    ids = np.ascontiguousarray(routing.ids, np.int32)
-    return to_device(ids, device), to_device(
-        np.ascontiguousarray(routing.weights, np.float32), device
-    )
+    ids, weights = routing.ids, routing.weights
+    if (
+        isinstance(routing, GpuRouting)
+        and ids is routing.sent_ids
+        and weights is routing.sent_weights
+    ):
+        return routing.device_ids, routing.device_weights
+    ids, weights = np.ascontiguousarray(ids, np.int32), np.ascontiguousarray(weights, np.float32)
+    return to_device(ids, device), to_device(weights, device)
 
 
 def to_device(array: npt.NDArray[Any], device: Any) -> Any:
@@ -85,14 +103,17 @@ class StandIns:
         )  # fmt: skip
 
 
-def choose(spec: MoeSpec, h: Any, logits: Any, stand_ins: StandIns | None) -> GpuRouting:
-    """Pick from logits float32 [T, experts] on the device, and send all of it to the host."""
+def choose(
+    spec: MoeSpec, h: Any, logits: Any, stand_ins: StandIns | None, mailbox: Mailbox | None = None
+) -> GpuRouting:
+    """Pick from logits float32 [T, experts] on the device, and send all of it to the host: into
+    `mailbox`, which an earlier call of the same shapes made, or a new one."""
     tokens, k = len(logits), spec.top_k
     picks = tokens * k
     num_sets = 2 if stand_ins else 1
     # ids, then weights, of every set: one copy to the host.
     device = torch.empty(2 * num_sets * picks, dtype=torch.int32, device=logits.device)
-    host = _host_like(device)
+    mailbox = mailbox or Mailbox.like(device, logits)
     sets = [part.view(tokens, k) for part in device.split(picks)]
     ids, weights = sets[0], sets[1].view(torch.float32)
     pick(spec, logits, ids, weights)
@@ -100,25 +121,20 @@ def choose(spec: MoeSpec, h: Any, logits: Any, stand_ins: StandIns | None) -> Gp
     if stand_ins:
         used = sets[2], sets[3].view(torch.float32)
         stand_ins.select(spec, logits, ids, weights, *used)
-    host_logits = _host_like(logits)
-    host.copy_(device, non_blocking=True)
-    host_logits.copy_(logits, non_blocking=True)
-    arrays = [part.view(tokens, k).numpy() for part in host.split(picks)]
+    mailbox.picks.copy_(device, non_blocking=True)
+    mailbox.logits.copy_(logits, non_blocking=True)
+    arrays = [part.view(tokens, k).numpy() for part in mailbox.picks.split(picks)]
     host_ids, host_weights = arrays[-2], arrays[-1].view(np.float32)
     return GpuRouting(
         h=h,
-        logits=host_logits.numpy(),
+        logits=mailbox.logits.numpy(),
         ids=host_ids,
         weights=host_weights,
         device_ids=used[0],
         device_weights=used[1],
         picked_ids=arrays[0] if stand_ins else host_ids,
         picked_weights=arrays[1].view(np.float32) if stand_ins else host_weights,
-        mailbox=(host_ids, host_weights),
+        sent_ids=host_ids,
+        sent_weights=host_weights,
+        mailbox=mailbox,
     )
-
-
-def _host_like(source: Any) -> Any:
-    """Host memory of the same shape. A pinned block of torch's allocator is not used again before
-    copies into it are done."""
-    return torch.empty_like(source, device="cpu", pin_memory=source.is_cuda)
