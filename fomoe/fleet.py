@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -165,6 +166,8 @@ class Fleet:
             self.helper.reserve(widths=(), moe=self._shapes["moe"])
         by_layer = [self.ops[p.index % len(self.devices)] for p in self._hp.layers]
         model = models.build(self._hp, by_layer, weights, max_tokens=self._options.ubatch)
+        for device in self.devices:
+            device.synchronize()
         return model, rate
 
     async def prepare(self, arena: Arena, reader: Reader, address: int, nbytes: int) -> None:
@@ -189,6 +192,10 @@ class Fleet:
     def array(self, layer: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
         """As state.LayerArrays."""
         return self.device_of(layer).array(shape, dtype)
+
+    def zero(self, layer: int, array: Any) -> None:
+        """As state.Zero."""
+        self.device_of(layer).compute.call(partial(array.__setitem__, ..., 0))
 
     def tiers(self, tracer: Tracer | None) -> dict[int, DeviceTier]:
         """By layer, the experts of the device that computes it."""

@@ -170,6 +170,7 @@ async def load(
             parallel=options.parallel,
             cache_type=options.cache_type,
             array=fleet.array if fleet else in_arena(arena),
+            zero=fleet.zero if fleet else None,
         )
         pools = _pools(plan, arena)
         tiers = fleet.tiers(tracer) if fleet else None

@@ -6,7 +6,7 @@ computed.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -54,19 +54,28 @@ class LayerArrays(Protocol):
     def __call__(self, layer: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> A: ...
 
 
+# Fills an array of a layer with zeros, before what is computed next.
+Zero = Callable[[int, A], None]
+
+
+def _zero(layer: int, array: A) -> None:
+    array[...] = 0
+
+
 @dataclass(slots=True, eq=False)
 class SequenceState:
     """One sequence's share: a page table (int32) and, per layer, its recurrent state or None."""
 
     pages: npt.NDArray[np.int32]
     delta: list[DeltaState | None]
+    zero: Zero
 
     def clear(self) -> None:
         """As before the first token. Pages need nothing: what is read of them is written before."""
-        for state in self.delta:
+        for layer, state in enumerate(self.delta):
             if state is not None:
-                state.conv[...] = 0
-                state.s[...] = 0
+                self.zero(layer, state.conv)
+                self.zero(layer, state.s)
 
 
 class StatePool:
@@ -82,7 +91,9 @@ class StatePool:
         parallel: int,
         cache_type: str,
         array: LayerArrays,
+        zero: Zero | None = None,
     ) -> None:
+        self._zero = zero or _zero
         self.caches: list[KvCache | None] = []
         self._free_pages = list(reversed(range(num_pages(context))))
         self._free_states: list[list[DeltaState | None]] = [[] for _ in range(parallel)]
@@ -113,7 +124,7 @@ class StatePool:
         if pages > len(self._free_pages) or not self._free_states:
             return None
         table = np.array([self._free_pages.pop() for _ in range(pages)], np.int32)
-        state = SequenceState(pages=table, delta=self._free_states.pop())
+        state = SequenceState(pages=table, delta=self._free_states.pop(), zero=self._zero)
         state.clear()
         return state
 

@@ -150,6 +150,10 @@ class Device(Protocol):
     def when(self, event: Event, callback: Callable[[], None]) -> None:
         """Call back on the event loop, soon after the event has been reached."""
 
+    def synchronize(self) -> None:
+        """Wait until all that was queued, on whatever stream, has been done: while loading, never
+        between tokens."""
+
     def failure(self) -> BaseException | None:
         """What went wrong in queued work, for good."""
 

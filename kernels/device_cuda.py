@@ -177,6 +177,9 @@ class CudaDevice:
             for callback in stream.due():
                 callback()
 
+    def synchronize(self) -> None:
+        torch.cuda.synchronize(self._index)
+
     def failure(self) -> BaseException | None:
         """Errors of the device are raised by the calls themselves."""
         return None

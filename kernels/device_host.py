@@ -151,6 +151,10 @@ class HostDevice:
         assert isinstance(event, HostEvent)
         event.then(lambda: self._loop.call_soon_threadsafe(callback))
 
+    def synchronize(self) -> None:
+        for stream in (self.uploads, self.compute):
+            stream.record().wait()
+
     def failure(self) -> BaseException | None:
         return self.compute.failure or self.uploads.failure
 

@@ -100,5 +100,6 @@ def install(monkeypatch: Any) -> None:
         "set_device": lambda index: None,
         "mem_get_info": lambda index: (1 << 30, 2 << 30),
         "empty_cache": lambda: None,
+        "synchronize": lambda index: None,
     }.items():
         monkeypatch.setattr(torch.cuda, name, fake)
