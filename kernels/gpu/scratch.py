@@ -26,7 +26,7 @@ class Scratch:
 
     @property
     def num_bytes(self) -> int:
-        return 4 * self._flat.numel()
+        return 4 * int(self._flat.numel())
 
     def reserve(self, num_floats: int) -> None:
         if num_floats > self._flat.numel():

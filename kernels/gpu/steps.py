@@ -70,7 +70,8 @@ class Steps:
         self._flat = torch.zeros(int(ends[-1]), dtype=torch.int32, device=self._device)
         self._host_parts = np.split(self._host, ends[:-1])
         parts = torch.tensor_split(self._flat, ends[:-1].tolist())
-        self.tables = Tables(*parts[:3], *(part.view(-1, 4) for part in parts[3:6]), parts[6])
+        parts = [part.view(-1, 4) if 3 <= i < 6 else part for i, part in enumerate(parts)]
+        self.tables = Tables(*parts)
         self.generation += 1
 
     def use(self, segments: Sequence[Segment]) -> None:
