@@ -162,7 +162,7 @@ def _grouped_gate_up(name: str) -> Kernel:
         constants={
             "GATE_TYPE": name, "UP_TYPE": name, "COLS": HIDDEN, "FF": FF, "TOP_K": TOP_K,
             "GATE_CHUNKS": chunks, "UP_CHUNKS": chunks, "M": matmul.EXPERT_TOKENS,
-            "N": matmul.TILE_ROWS, "EMULATE": False,
+            "N": matmul.EXPERT_ROWS, "EMULATE": False,
         },
         warps=matmul.WARPS,
         stages=matmul.STAGES,
@@ -180,7 +180,7 @@ def _grouped_down(name: str) -> Kernel:
         },
         constants={
             "TYPE": name, "HIDDEN": HIDDEN, "FF": FF, "CHUNKS": matmul.tile_chunks(name),
-            "M": matmul.EXPERT_TOKENS, "N": matmul.TILE_ROWS, "EMULATE": False,
+            "M": matmul.EXPERT_TOKENS, "N": matmul.EXPERT_ROWS, "EMULATE": False,
         },
         warps=matmul.WARPS,
         stages=matmul.STAGES,

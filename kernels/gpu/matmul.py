@@ -32,12 +32,13 @@ from fomoe.kernels.gpu.moe import pointer, sigmoid
 from fomoe.kernels.gpu.weights import GpuWeight
 from fomoe.kernels.ops import MoeSpec
 
-# Rows of x and of the matrix in a tile, chunks of a row at a time, warps.
-TILE_TOKENS, TILE_ROWS, TILE_CHUNKS, WARPS = 64, 64, 4, 8
+# Rows of x and of the matrix in a tile, chunks of a row at a time, warps. With 64 matrix rows
+# gfx1100 spills 400 bytes a thread (Triton 3.7.1).
+TILE_TOKENS, TILE_ROWS, TILE_CHUNKS, WARPS = 64, 32, 4, 8
 # Loads go to registers: staged in shared memory they would need more of it than cards have.
 STAGES = 1
 # An expert has few tokens of a chunk: 512 tokens with top 10 of 512 experts give it ten.
-EXPERT_TOKENS = 32
+EXPERT_TOKENS, EXPERT_ROWS = 32, 64
 
 
 @triton.jit
@@ -223,11 +224,11 @@ def grouped_gate_up(spec: MoeSpec, h: Any, groups: Groups, table: Any, act: Any)
     assert act.shape == (picks, spec.ff)
     assert act.is_contiguous()
     gate, up = spec.gate_type.name, spec.up_type.name
-    grouped_gate_up_kernel[(triton.cdiv(spec.ff, TILE_ROWS), len(groups.tiles))](
+    grouped_gate_up_kernel[(triton.cdiv(spec.ff, EXPERT_ROWS), len(groups.tiles))](
         h, h.stride(0), groups.order, groups.tiles, groups.ends, table, act,
         GATE_TYPE=gate, UP_TYPE=up, COLS=spec.hidden, FF=spec.ff, TOP_K=picks // len(h),
         GATE_CHUNKS=tile_chunks(gate), UP_CHUNKS=tile_chunks(up),
-        M=EXPERT_TOKENS, N=TILE_ROWS, EMULATE=_interpreted(act), num_warps=WARPS,
+        M=EXPERT_TOKENS, N=EXPERT_ROWS, EMULATE=_interpreted(act), num_warps=WARPS,
         num_stages=STAGES, **OPTIONS,
     )  # fmt: skip
 
@@ -240,9 +241,9 @@ def grouped_down(spec: MoeSpec, act: Any, groups: Groups, table: Any, out: Any) 
     assert act.is_contiguous()
     assert out.is_contiguous()
     name = spec.down_type.name
-    grouped_down_kernel[(triton.cdiv(spec.hidden, TILE_ROWS), len(groups.tiles))](
+    grouped_down_kernel[(triton.cdiv(spec.hidden, EXPERT_ROWS), len(groups.tiles))](
         act, groups.order, groups.tiles, groups.ends, table, out,
         TYPE=name, HIDDEN=spec.hidden, FF=spec.ff, CHUNKS=tile_chunks(name),
-        M=EXPERT_TOKENS, N=TILE_ROWS, EMULATE=_interpreted(act), num_warps=WARPS,
+        M=EXPERT_TOKENS, N=EXPERT_ROWS, EMULATE=_interpreted(act), num_warps=WARPS,
         num_stages=STAGES, **OPTIONS,
     )  # fmt: skip
