@@ -247,7 +247,8 @@ def test_memory_is_not_freed_before_the_last_read_has_landed(model, monkeypatch)
 
 
 def test_ctrl_c_in_a_program_of_the_user(model, slow_reads):
-    """asyncio.run turns it into a cancellation of the main task, then raises."""
+    """asyncio.run turns it into a cancellation of the main task, then raises; a shell's background
+    job, which these tests may be, would begin with the signal ignored."""
 
     async def main():
         async with Engine.open(model, **OPTIONS) as engine:
@@ -255,8 +256,12 @@ def test_ctrl_c_in_a_program_of_the_user(model, slow_reads):
                 if token.text is not None:
                     os.kill(os.getpid(), signal.SIGINT)
 
-    with pytest.raises(KeyboardInterrupt):
-        asyncio.run(main())
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            asyncio.run(main())
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_more_sequences_than_run_at_once_wait_their_turn(model):
