@@ -27,8 +27,8 @@ def open_device(name: str) -> Device:
         import triton  # noqa: F401
     except ImportError as error:
         raise UnsupportedError(
-            f"--device {name} needs torch and triton, and there is no {error.name}: pip install"
-            " 'fomoe[gpu]' (for AMD: torch from the ROCm index first), or use --device cpu"
+            f"--device {name} needs torch and triton, and there is no {error.name}: tools/setup gpu"
+            " (for AMD: torch from the ROCm index first), or use --device cpu"
         ) from error
     number = number or "0"
     if not torch.cuda.is_available():
