@@ -17,6 +17,7 @@ from fomoe.bench import BenchResult, decode_bytes, deviation
 from fomoe.config import format_size
 from fomoe.engine import Engine
 from fomoe.host import processor_name
+from fomoe.kernels.open_device import backend_name, card_name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +30,13 @@ class Run:
     num_parameters: int
     threads: int
     cpu: str
+    devices: tuple[str, ...]  # that compute the layers in turn; none where the processor does
+    backend: str
+    gpus: str
+    num_layers: int
+    num_host_layers: int  # whose experts the processor computes, whatever the devices have room for
+    device_budget: int  # of all devices' memory
+    experts_on_devices: float  # share of the experts
     memory_budget: int
     budget_given: bool
     experts_resident: float  # share of the experts that the memory plan has slots for
@@ -41,6 +49,9 @@ class Run:
     @classmethod
     def of(cls, engine: Engine, threads: int, memory_rate: float, tokens: str) -> Run:
         gguf, plan, drive = engine.loaded.gguf, engine.plan, engine.loaded.drive
+        options, num_layers = engine.options, engine.loaded.hp.num_layers
+        devices = tuple(device.name for device in plan.devices)
+        cards = (card_name(name) for name in devices)
         return cls(
             model_path=gguf.paths[0],
             model_type=f"{gguf.architecture} {gguf.file_type_name}",
@@ -48,6 +59,13 @@ class Run:
             num_parameters=gguf.num_parameters,
             threads=threads,
             cpu=processor_name(),
+            devices=devices,
+            backend=", ".join(dict.fromkeys(map(backend_name, devices))) or "CPU",
+            gpus=", ".join(card for card in cards if card),
+            num_layers=num_layers,
+            num_host_layers=num_layers if options.cpu_moe else min(options.n_cpu_moe, num_layers),
+            device_budget=sum(device.budget for device in plan.devices),
+            experts_on_devices=sum(device.num_slots for device in plan.devices) / plan.num_experts,
             memory_budget=plan.budget,
             budget_given=plan.budget_source == "given",
             experts_resident=plan.num_slots / plan.num_experts,
@@ -63,12 +81,18 @@ class Run:
         return {
             "build_version": version("fomoe"),
             "cpu_info": self.cpu,
-            "backends": "CPU",
+            "gpu_info": self.gpus,
+            "backends": self.backend,
             "model_filename": str(self.model_path),
             "model_type": self.model_type,
             "model_size": self.model_bytes,
             "model_n_params": self.num_parameters,
             "n_threads": self.threads,
+            "n_gpu_layers": self.num_layers if self.devices else 0,
+            "n_cpu_moe": self.num_host_layers,
+            "devices": ",".join(self.devices) or "cpu",
+            "device_memory_budget": self.device_budget,
+            "experts_on_devices": self.experts_on_devices,
             "memory_budget": self.memory_budget,
             "experts_resident": self.experts_resident,
             "reader": self.reader,
@@ -98,8 +122,10 @@ class Markdown:
     def begin(self, run: Run) -> None:
         self._run = run
         budget = [("budget", 10)] * run.budget_given
+        devices = [("ngl", 3), ("n_cpu_moe", 9), ("vram", 10)] if run.devices else []
         self._columns = [
-            ("model", -30), ("size", 10), ("params", 10), ("backend", -7), ("threads", 7), *budget,
+            ("model", -30), ("size", 10), ("params", 10), ("backend", -7), *devices,
+            ("threads", 7), *budget,
             ("test", 15), ("t/s", 20), ("cache", -5), ("hit %", 6), ("MiB/tok", 8), ("stall %", 7),
             ("read GB/s", 9),
         ]  # fmt: skip
@@ -117,7 +143,8 @@ class Markdown:
                 run.model_type,
                 format_size(run.model_bytes),
                 f"{run.num_parameters / 1e9:.2f} B",
-                "CPU",
+                run.backend,
+                *self._device_cells(),
                 str(run.threads),
                 *[format_size(run.memory_budget)] * run.budget_given,
                 result.test.name,
@@ -130,6 +157,12 @@ class Markdown:
             ]
         )
 
+    def _device_cells(self) -> list[str]:
+        run = self._run
+        if not run.devices:
+            return []
+        return [str(run.num_layers), str(run.num_host_layers), format_size(run.device_budget)]
+
     def end(self) -> None:
         run = self._run
         drive = "not measured"
@@ -139,15 +172,29 @@ class Markdown:
             "",
             f"build: fomoe {version('fomoe')}; {run.cpu}; {run.tokens} tokens;"
             f" memory for {100 * run.experts_resident:.0f} % of the experts",
+            *self._device_lines(),
             f"reading with {run.reader}; the drive's random reads: {drive}",
             *self._memory_lines(),
         ]
         print(*lines, sep="\n", file=self._stream)
 
+    def _device_lines(self) -> list[str]:
+        run = self._run
+        if not run.devices:
+            return []
+        share = 100 * run.experts_on_devices
+        cards = f" ({run.gpus})" if run.gpus else ""
+        return [f"on {', '.join(run.devices)}{cards}: memory for {share:.0f} % of the experts"]
+
     def _memory_lines(self) -> list[str]:
-        """What generation made of the memory's bandwidth."""
+        """What generation made of the memory's bandwidth: of the host's, where that is all."""
         run = self._run
         limit = run.memory_gb_per_second
+        if run.devices:
+            return [f"a generated token touches {format_size(run.decode_bytes)} of weights"] + [
+                f"{name}: {rate * run.decode_bytes / 1e9:.1f} GB/s"
+                for name, rate in self._generation
+            ]
         lines = [
             f"a generated token touches {format_size(run.decode_bytes)} of weights; {run.threads}"
             f" threads read {limit:.1f} GB/s from memory"

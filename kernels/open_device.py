@@ -1,6 +1,7 @@
 """A device by its name.
 
-Owns: the names, and what is missing where a device cannot be had. Does not know: models.
+Owns: the names, what people call the devices, and what is missing where one cannot be had. Does not
+know: models.
 """
 
 from __future__ import annotations
@@ -46,3 +47,18 @@ def open_device(name: str) -> Device:
     from fomoe.kernels.device_cuda import CudaDevice
 
     return CudaDevice(name, int(number))
+
+
+def backend_name(name: str) -> str:
+    """What llama-bench calls the backend of the device of that name."""
+    return {"cuda": "CUDA", "hip": "ROCm"}.get(name.partition(":")[0], "CPU")
+
+
+def card_name(name: str) -> str | None:
+    """What the maker calls the card of that name, which is open; None for the processor."""
+    kind, _, number = name.partition(":")
+    if kind == "cpu":
+        return None
+    import torch
+
+    return str(torch.cuda.get_device_name(int(number or "0")))

@@ -16,6 +16,7 @@ from fomoe.bench import BenchResult, BenchTest, Sample, TokenSource, run_sample,
 from fomoe.cli import main
 from fomoe.commands.bench import _numbers, _pair
 from fomoe.kernels.bandwidth import measure_read_bandwidth
+from fomoe.kernels.open_device import backend_name, card_name
 
 TOY = dataclasses.replace(K_TOY, layers=3, experts=16, top_k=4)
 
@@ -184,6 +185,31 @@ def test_other_formats_hold_the_same(capsys, model):
     assert [line.split("|")[6].strip() for line in out.splitlines()[2:4]] == ["pp8", "tg4"]
     assert "memory plan" in err
     assert "read 20.0 GB/s from memory\ntg4: " in out
+
+
+def test_devices_are_named(capsys, model):
+    """The layers of threads that stand for a device are the processor's, too."""
+    flags = ["--device", "cpu,cpu", "--n-cpu-moe", "2"]
+    _, out, _ = bench(capsys, model, *flags, "-o", "json")
+    row = json.loads(out)[0]
+    assert (row["backends"], row["devices"], row["gpu_info"]) == ("CPU", "cpu,cpu", "")
+    assert (row["n_gpu_layers"], row["n_cpu_moe"]) == (3, 2)
+    assert row["device_memory_budget"] > 0
+    _, out, _ = bench(capsys, model, *flags)
+    header, _, first, *_ = ([c.strip() for c in line.split("|")] for line in out.splitlines())
+    cells = dict(zip(header, first, strict=True))
+    assert (cells["backend"], cells["ngl"], cells["n_cpu_moe"]) == ("CPU", "3", "2")
+    assert "on cpu, cpu: memory for 33 % of the experts" in out
+    _, out, _ = bench(capsys, model, "-o", "json")
+    row = json.loads(out)[0]
+    assert (row["backends"], row["devices"], row["n_gpu_layers"]) == ("CPU", "cpu", 0)
+
+
+def test_a_card_is_named(monkeypatch):
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"Card {index}")
+    assert [card_name(name) for name in ("cpu", "cuda", "hip:1")] == [None, "Card 0", "Card 1"]
+    assert [backend_name(n) for n in ("cpu", "cuda:0", "hip:1")] == ["CPU", "CUDA", "ROCm"]
 
 
 def test_text_and_bad_requests(capsys, model, tmp_path):
