@@ -28,7 +28,6 @@ class Setting:
     weights: str
     backfill: bool
 
-    @property
     def options(self) -> CarOptions:
         """Raises RequestError for a rule that cannot be."""
         if self.rule == "off":
