@@ -7,7 +7,7 @@ experts, what the tensors mean.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,7 +44,7 @@ class DeviceWeights:
     def __init__(
         self,
         gguf: GgufFile,
-        names: Sequence[str],
+        names: Collection[str],
         owner: Callable[[str], Device],
         arena: Arena,
         alignment: int,

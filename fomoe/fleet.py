@@ -7,7 +7,7 @@ Does not know: steps, which kinds of device there are (kernels/open_device.py do
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AsyncExitStack
 from functools import partial
 from typing import Any
@@ -30,6 +30,7 @@ from fomoe.io.reader import Reader
 from fomoe.kernels.cpu import CpuOps
 from fomoe.kernels.device import Device, DeviceOps
 from fomoe.kernels.open_device import open_device
+from fomoe.kernels.ops import Tensor
 from fomoe.measure import measure_costs
 from fomoe.memory import prepare, reached
 from fomoe.models import HEAD_ROWS, HyperParameters, LayerParameters, Model
@@ -44,7 +45,9 @@ _log = logging.getLogger(__name__)
 
 class Fleet:
     """Layers take turns: layer i is computed by device i modulo their number. The first one has the
-    embedding and the head."""
+    embedding and the head. A Processor (processor.py) stands in its place where there are none."""
+
+    table: Tensor | None = None  # the embedding in host memory: never
 
     def __init__(
         self,
@@ -139,22 +142,25 @@ class Fleet:
             ("workspace", workspace),
         ]
 
+    def embedding_bytes(self, alignment: int) -> int:
+        """None is held in host memory: its rows are read as they are needed."""
+        return 0
+
     # ---- making ----
 
     async def load(
         self,
+        names: Collection[str],
         arena: Arena,
         reader: Reader,
         progress: Progress | None,
         exits: AsyncExitStack,
     ) -> tuple[Model, float]:
-        """The model, its dense weights being in the devices; and the rate, in GB/s, of reading."""
+        """The model, its tensors `names` being in the devices; and the rate of reading, GB/s."""
         # Closed before the arena is.
         for device in self.devices:
             exits.callback(device.unpin)
-        weights = DeviceWeights(
-            self._gguf, self._hp.dense_tensors, self._owner, arena, reader.alignment
-        )
+        weights = DeviceWeights(self._gguf, names, self._owner, arena, reader.alignment)
         self._bounce = weights.bounce, weights.bounce_bytes
         await self.prepare(arena, reader, *self._bounce)
         rate = await weights.load(reader, reached, progress)

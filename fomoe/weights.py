@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -78,7 +78,9 @@ async def read(
 class DenseWeights:
     """Tensors held in the arena for as long as the engine lives; a models.WeightSource."""
 
-    def __init__(self, gguf: GgufFile, names: Sequence[str], arena: Arena, alignment: int) -> None:
+    def __init__(
+        self, gguf: GgufFile, names: Collection[str], arena: Arena, alignment: int
+    ) -> None:
         # In the order of the file, so that the drive reads straight through.
         infos = sorted((gguf.tensors[n] for n in names), key=lambda t: (t.shard, t.offset))
         self._arena = arena

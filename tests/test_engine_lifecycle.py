@@ -191,11 +191,11 @@ async def _open(model):
         "fomoe.loading.models.describe",
         "fomoe.loading.probe_drive",
         "fomoe.loading.open_reader",
-        "fomoe.loading._plan",
+        "fomoe.loading.plan_memory",
         "fomoe.loading.Arena",
-        "fomoe.loading.DenseWeights.load",
-        "fomoe.loading.CpuOps.reserve",
-        "fomoe.loading.models.build",
+        "fomoe.processor.DenseWeights.load",
+        "fomoe.processor.CpuOps.reserve",
+        "fomoe.processor.models.build",
         "fomoe.loading.StatePool",
         "fomoe.loading._store",
         "fomoe.loading._residency",
@@ -299,7 +299,7 @@ def test_background_work_that_fails_is_told_and_done_without(model, monkeypatch,
     async def no_memory(*_):
         raise OSError(12, "Cannot allocate memory")
 
-    monkeypatch.setattr("fomoe.loading.prepare", no_memory)
+    monkeypatch.setattr("fomoe.processor.prepare", no_memory)
 
     async def main():
         async with Engine.open(model, **OPTIONS) as engine:

@@ -259,9 +259,9 @@ def test_a_signal_ends_a_generation_and_keeps_its_text(model, number):
 
 def test_a_signal_while_loading(model):
     """Loading is slowed down by a model on a pipe's pace: the plan is printed before it begins."""
-    slow = "import fomoe.loading as l, asyncio\n"
+    slow = "import fomoe.processor as p, asyncio\n"
     slow += "async def load(self, *_): await asyncio.sleep(60)\n"
-    slow += "l.DenseWeights.load = load\n"
+    slow += "p.DenseWeights.load = load\n"
     program = [*PROGRAM[:-1], slow + PROGRAM[-1]]
     with subprocess.Popen(
         [*program, "generate", "-m", str(model), "-p", "x"],
