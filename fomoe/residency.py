@@ -84,6 +84,7 @@ class Residency:
         self._recall = RecallMeter()
         self._predictions: dict[int, _Prediction] = {}
         self._decode = False
+        self._begin_ns = 0
         self.uses = uses
 
     @property
@@ -95,6 +96,7 @@ class Residency:
         """A step of these chunks starts. Stand-ins are allowed only where nothing but generated
         tokens is computed: an error in a prompt would stay in the state of all that follows.
         """
+        self._begin_ns = time.perf_counter_ns()
         self._decode = all(c.decodes for c in chunks)
         self._predictions.clear()
         if self._recorder:
@@ -161,9 +163,7 @@ class Residency:
 
     def predicts(self) -> bool:
         """Whether it is worth asking the next layer's router ahead of time."""
-        return (
-            self._decode and not self._deterministic and self._prefetcher.active(self._store.clock)
-        )
+        return self._decode and not self._deterministic and self._prefetcher.active
 
     def predicted(self, layer: int, routing: Routing) -> None:
         """What a layer will probably pick, said by its router before its own mixer has run."""
@@ -181,8 +181,7 @@ class Residency:
             )
             needed = chosen.ids.ravel().tolist()
             absent = [(i, e) for i, e in absent if e in needed]
-        expert_bytes, clock = self._store.expert_bytes(layer), self._store.clock
-        reads = self._prefetcher.choose(layer, absent, expert_bytes, clock=clock)
+        reads = self._prefetcher.choose(layer, absent, self._store.expert_bytes(layer))
         if reads:
             self._store.prefetch(layer, reads, guess=True)
         self._predictions[layer] = _Prediction(experts, absent, reads, time.perf_counter_ns())
@@ -203,22 +202,12 @@ class Residency:
                 a=len(prediction.experts),
                 b=len(picks.intersection(prediction.experts)),
             )
-        prefetcher, expert_bytes = self._prefetcher, self._store.expert_bytes(layer)
+        prefetcher = self._prefetcher
         prefetcher.note_window(layer, elapsed)
         for place, expert in prediction.absent:
             prefetcher.note_place(place, picked=expert in picks)
-        whole, cost = prefetcher.read_seconds(expert_bytes), prefetcher.cost_seconds(expert_bytes)
         for expert in prediction.reads:
-            # One after the other: what was not reached saved nothing and cost nothing.
-            saved, used = min(max(elapsed, 0.0), whole), expert in picks
-            ready = self._store.is_ready(layer, expert)
-            prefetcher.note_outcome(
-                self._store.clock,
-                used=used,
-                saved_s=saved if used else 0.0,
-                cost_s=0.0 if used or ready or not saved else cost,
-            )
-            elapsed -= whole
+            prefetcher.note_outcome(used=expert in picks)
 
     def _note_substitutions(
         self, tracer: Tracer, layer: int, picks: npt.NDArray[np.int32], chosen: Selection
@@ -235,6 +224,8 @@ class Residency:
         """
         if self._recorder:
             self._recorder.end()
+        if self._decode and not self._deterministic:
+            self._prefetcher.note_token((time.perf_counter_ns() - self._begin_ns) / 1e9)
         if self.uses is not None and self._store.clock % _USES_HALVE == 0:
             self.uses *= 0.5
         if self._backfill is not None and self._deterministic:

@@ -14,7 +14,7 @@ from fomoe.experts.car import CacheAwareRouter, CarOptions, CarStats, use_amount
 E, K = 64, 8
 F32 = npt.NDArray[np.float32]
 I32 = npt.NDArray[np.int32]
-RULES = ["light:1", "ratio:0.35", "prior:0.2", "max-rank:2,14"]
+RULES = ["budget:0.2", "light:1", "ratio:0.35", "prior:0.2", "max-rank:2,14"]
 
 
 def routed(seed: int, tokens: int = 1) -> tuple[F32, I32, F32, npt.NDArray[np.bool_]]:
@@ -159,6 +159,30 @@ def test_meter_of_audits() -> None:
     assert (stats.audits, stats.audit_agreements) == (2, 1)
 
 
+@pytest.mark.parametrize("there", [0.2, 0.5, 0.8])
+def test_budget_is_kept_in_the_mean_however_much_is_absent(there: float) -> None:
+    budget = router("budget:0.2")
+    for seed in range(400):
+        logits, ids, weights, _ = routed(seed)
+        resident = np.random.default_rng(seed).random(E) < there
+        budget.select(0, logits, ids, weights, resident)
+    stats = budget.stats
+    assert stats.moved_mass / stats.token_layers <= 0.21
+    if there < 0.8:  # else there is not so much to be moved
+        assert stats.moved_mass / stats.token_layers >= 0.19
+    else:
+        assert budget.limit > 1.5
+
+
+def test_budget_with_a_limit_is_light_with_that_limit() -> None:
+    logits, ids, weights, there = routed(1)
+    budget, light = router("budget:0.2"), router("light:1")
+    of_budget = budget.select(0, logits, ids, weights, there)
+    of_light = light.select(0, logits, ids, weights, there)
+    np.testing.assert_array_equal(of_budget.ids, of_light.ids)
+    np.testing.assert_array_equal(of_budget.weights, of_light.weights)
+
+
 def test_uses_count_by_weight() -> None:
     weights = np.array([[0.6, 0.1, 0.1, 0.2], [3, 0, 0, 1]], np.float32)
     expected = [[2.4, 0.4, 0.4, 0.8], [3, 0, 0, 1]]
@@ -169,7 +193,8 @@ def test_uses_count_by_weight() -> None:
 def test_parse() -> None:
     assert CarOptions.parse("off") == CarOptions()
     assert CarOptions.parse("ratio:0.35", top_j=0).value == 0.35
-    assert CarOptions.parse("on") == CarOptions.parse("light") == CarOptions.parse("light:1")
+    assert CarOptions.parse("on") == CarOptions.parse("budget")
+    assert CarOptions.parse("light") == CarOptions.parse("light:1")
     assert CarOptions.parse("prior").value == 0.25
     assert (CarOptions.parse("max-rank", top_j=2).top_j, CarOptions.parse("max-rank").top_j) == (
         2,
@@ -186,6 +211,8 @@ def test_parse() -> None:
         ("", {}),
         ("off:1", {}),
         ("on:1", {}),
+        ("budget:0", {}),
+        ("budget:1", {}),
         ("light:0", {}),
         ("ratio:", {}),
         ("ratio:0", {}),

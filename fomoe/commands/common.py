@@ -110,8 +110,9 @@ def _add_car_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("cache-aware routing (changes what is computed)")
     group.add_argument(
         "--car", default="off", nargs="?", const="on", metavar="RULE",
-        help="let resident experts stand in for ones that would stall: light:TIMES (what --car "
-        "alone does, with 1), ratio:TAU, prior:LAMBDA, max-rank:J,M (default: %(default)s)",
+        help="let resident experts stand in for ones that would stall: budget:SHARE (what "
+        "--car alone does, with 0.28), light:TIMES, ratio:TAU, prior:LAMBDA, max-rank:J,M "
+        "(default: %(default)s)",
     )  # fmt: skip
     group.add_argument(
         "--car-top-j", type=int, metavar="N", help="the true best N experts are never replaced"

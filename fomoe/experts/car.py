@@ -21,19 +21,24 @@ F32Array = npt.NDArray[np.float32]
 I32Array = npt.NDArray[np.int32]
 BoolArray = npt.NDArray[np.bool_]
 
-Rule = Literal["off", "light", "ratio", "prior", "max-rank"]
+Rule = Literal["off", "budget", "light", "ratio", "prior", "max-rank"]
 Weights = Literal["dampen", "renorm"]
 
 # What a rule's name alone stands for, and "on" for the rule to be had without naming one: at every
 # number of slots it lost least for the reads that it saved (tools/studies/fidelity.md).
 _USUAL = {
-    "on": "light:1",
+    "on": "budget:0.28",
+    "budget": "budget:0.28",
     "light": "light:1",
     "ratio": "ratio:0.35",
     "prior": "prior:0.25",
     "max-rank": "max-rank:1,32",
 }
 _RANGE_DECAY = 0.95  # of the running logit range, per token (Skliar et al., 2412.00099)
+# The budget's limit on a pick's weight, in mean weights, follows what was moved in 16 tokens or so.
+# A pick of twice the mean always stays, whatever is left of the budget.
+_BUDGET_GAIN = 1 / 16
+_LIMITS = (0.25, 2.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +47,8 @@ class CarOptions:
 
     light     for picks of at most `value` times the mean weight of a layer's picks; the best that
               is there, whatever its distance
+    budget    as light, with a multiple that follows, so that over some tens of tokens the displaced
+              experts' share of the picks' weight is `value` at most
     ratio     C for E when p_C / p_E >= value (FOMOE's rule; best pairs first)
     prior     top-k of z + value * D for experts that are there, D the layer's running logit range
     max-rank  the best of the true top `max_rank` that are there, whatever their distance
@@ -66,6 +73,8 @@ class CarOptions:
             raise RequestError(f"CAR weights are dampen or renorm, not {self.weights!r}")
         if self.rule == "ratio" and not 0.0 < self.value <= 1.0:
             raise RequestError(f"CAR ratio: 0 < tau <= 1, not {self.value:g}")
+        if self.rule == "budget" and not 0.0 < self.value < 1.0:
+            raise RequestError(f"CAR budget: 0 < share of the weight < 1, not {self.value:g}")
         if self.rule in ("light", "prior") and not (self.value > 0.0 and isfinite(self.value)):
             raise RequestError(f"CAR {self.rule}: a positive number, not {self.value:g}")
         if self.rule == "max-rank" and self.max_rank <= self.top_j:
@@ -99,8 +108,9 @@ class CarOptions:
         max_mass: float | None = None,
         weights: str | None = None,
     ) -> CarOptions:
-        """Options from text such as "off", "on", "light:1", "ratio:0.35", "prior:0.12" or
-        "max-rank:2,12" (J and M), or from a rule's name alone. Raises RequestError."""
+        """Options from text such as "off", "on", "budget:0.28", "light:1", "ratio:0.35",
+        "prior:0.12" or "max-rank:2,12" (J and M), or from a rule's name alone. Raises
+        RequestError."""
         if rule == "max-rank" and top_j is not None:
             rule = f"max-rank:{top_j},32"
         name, _, text = _USUAL.get(rule, rule).partition(":")
@@ -108,12 +118,14 @@ class CarOptions:
             numbers = [float(part) for part in text.split(",")] if text else []
         except ValueError:
             numbers = []
-        expected = {"off": 0, "light": 1, "ratio": 1, "prior": 1, "max-rank": 2}.get(name)
+        expected = {"off": 0, "budget": 1, "light": 1, "ratio": 1, "prior": 1, "max-rank": 2}.get(
+            name
+        )
         whole = name != "max-rank" or all(number.is_integer() for number in numbers)
         if expected is None or len(numbers) != expected or (text and not numbers) or not whole:
             raise RequestError(
-                f"CAR rule {rule!r} is not one of off, on, light:TIMES, ratio:TAU, prior:LAMBDA,"
-                " max-rank:J,M"
+                f"CAR rule {rule!r} is not one of off, on, budget:SHARE, light:TIMES, ratio:TAU,"
+                " prior:LAMBDA, max-rank:J,M"
             )
         if name == "max-rank":
             if top_j not in (None, int(numbers[0])):
@@ -198,6 +210,8 @@ class CacheAwareRouter:
         self.options = options
         self.stats = CarStats()
         self._ranges = [0.0] * num_layers
+        # Of the mean weight: what a pick may weigh to be replaced, under light and budget.
+        self.limit = options.value if options.rule == "light" else 1.0
 
     def select(
         self, layer: int, logits: F32Array, ids: I32Array, weights: F32Array, available: BoolArray
@@ -219,6 +233,8 @@ class CacheAwareRouter:
             stats.moved_mass += chosen.moved_mass
             displaced = {expert for expert, _ in chosen.displaced}
             stats.reads_avoided += len(displaced.difference(chosen.ids.ravel().tolist()))
+        if self.options.rule == "budget":
+            self._follow_budget(chosen.moved_mass / len(ids))
         return chosen
 
     def preview(
@@ -245,6 +261,13 @@ class CacheAwareRouter:
             return Selection(ids, weights, [], 0.0)
         return Selection(new_ids, new_weights, displaced, sum(share for _, share in displaced))
 
+    def _follow_budget(self, moved: float) -> None:
+        """`moved` is a layer's mean over its tokens. The limit falls while more than the budget is
+        moved, as at a cold start, and rises while there is room: it is the mean that is held."""
+        step = _BUDGET_GAIN / len(self._ranges) * (1.0 - moved / self.options.value)
+        low, high = _LIMITS
+        self.limit = min(max(self.limit * exp(step), low), high)
+
     def _follow_range(self, layer: int, logits: F32Array) -> None:
         for spread in (logits.max(axis=1) - logits.min(axis=1)).tolist():
             old = self._ranges[layer]
@@ -258,8 +281,8 @@ class CacheAwareRouter:
         picks: list[int] = ids.tolist()
         absent = [r for r in range(options.top_j, len(picks)) if not available[picks[r]]]
         total = float(weights.sum())
-        if options.rule == "light":
-            heaviest = options.value * total / len(picks)
+        if options.rule in ("light", "budget"):
+            heaviest = self.limit * total / len(picks)
             absent = [r for r in absent if weights[r] <= heaviest]
         if not absent:
             return []

@@ -1,13 +1,14 @@
 """Who comes next: how good predictions of the next layer's picks are, and which of them to read.
 
-Owns: the recall meter, what is worth reading, and the switch that turns read-ahead off when it
-does not pay. Does not know: routers, reads, clocks; it is told ids, bytes and seconds.
+Owns: the recall meter, what is worth reading, and the trials that turn read-ahead off where it does
+not pay. Does not know: routers, reads, clocks; it is told ids, bytes and seconds.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import Literal, get_args
 
 from fomoe.errors import RequestError
@@ -15,12 +16,12 @@ from fomoe.errors import RequestError
 Mode = Literal["auto", "on", "off"]
 
 _WINDOW_MEMORY = 1 / 16  # weight of a layer's newest window in its running mean
-_OUTCOME_MEMORY = 1 / 32  # the same for the outcome of a read
+_OUTCOME_MEMORY = 1 / 32  # the same for how often a place in a prediction is picked
 _FIRST_PRECISION = 0.6  # of a place that has not been seen
-_PREDICTION_S = 3e-4  # what asking a router costs (512 experts of 4,096 columns in F32)
-_TRIAL_READS = 32  # outcomes before a verdict: one time constant of the above
-_FIRST_PAUSE = 256  # tokens until read-ahead is tried again; doubles with every failure
-_LONGEST_PAUSE = 16384
+_TRIAL_TOKENS = 96  # half of them with reads ahead
+_TRIAL_TURN = 4  # tokens in a row with them, then without
+_FIRST_TERM = 256  # tokens until the next trial; doubles while verdicts stay the same
+_LONGEST_TERM = 16384
 
 
 @dataclass(slots=True)
@@ -53,13 +54,11 @@ class RecallMeter:
 
 @dataclass(slots=True)
 class PrefetchStats:
-    """What read-ahead did. Seconds of stall saved and caused are the caller's measurements."""
+    """What read-ahead did."""
 
     issued: int = 0
     useful: int = 0  # the expert was picked
     wasted: int = 0
-    saved_s: float = 0.0
-    cost_s: float = 0.0
     switched_off: int = 0  # how often it was found not to pay
     paused: bool = False  # it is switched off now
 
@@ -71,8 +70,10 @@ class Prefetcher:
     where it is: what it costs is what the drive was handed of it, at most `in_flight_bytes`; what a
     right one saves is the part of it that was read before its layer asked. Under "auto" a read is
     issued where, by how often a place in the prediction was picked of late, it saves more than it
-    costs; and the measured balance of recent reads must stay positive, or read-ahead pauses. "on"
-    reads the best `max_reads`, "off" none.
+    costs. Whether all that pays is measured: in a trial a few tokens with it and a few without take
+    turns, and what the medians of their times say holds until the next trial. Sums of what single
+    reads saved do not tell: a drive that is busy anyway, or stand-ins, make savings of no effect,
+    and to ask a router has its price, too. "on" reads the best `max_reads`, "off" none.
     """
 
     def __init__(
@@ -95,14 +96,41 @@ class Prefetcher:
         self._max_reads = max_reads
         self._windows_s = [-1.0] * num_layers
         self._precision: list[float] = []  # of absent experts by place in a prediction
-        self._balance_s = 0.0  # saved minus cost per read, running mean
-        self._outcomes = 0  # of this trial
-        self._pause = _FIRST_PAUSE
-        self._resume_at = 0
+        self._tokens = 0  # of this trial or term
+        self._trial: tuple[list[float], list[float]] = ([], [])  # seconds without, and with
+        self._in_trial = True
+        self._pays = True  # the last verdict
+        self._term = _FIRST_TERM
 
-    def active(self, clock: int) -> bool:
-        """Whether reads may be issued at token `clock`."""
-        return self.mode == "on" or (self.mode == "auto" and clock >= self._resume_at)
+    @property
+    def active(self) -> bool:
+        """Whether reads may be issued for the token at hand."""
+        if self.mode != "auto":
+            return self.mode == "on"
+        return self._pays if not self._in_trial else self._tokens // _TRIAL_TURN % 2 == 0
+
+    def note_token(self, seconds: float) -> None:
+        """A token was generated in so long, with or without reads ahead as `active` said."""
+        if self.mode != "auto":
+            return
+        with_reads, first = self.active, self._tokens % _TRIAL_TURN == 0
+        self._tokens += 1
+        if not self._in_trial:
+            self._in_trial = self._tokens >= self._term
+            self._tokens = 0 if self._in_trial else self._tokens
+            return
+        if not first:  # which still lives on what the token before it has read ahead, or has not
+            self._trial[with_reads].append(seconds)
+        if self._tokens >= _TRIAL_TOKENS:
+            self._decide()
+
+    def _decide(self) -> None:
+        without, with_reads = self._trial
+        pays = median(with_reads) < median(without)
+        self._term = min(2 * self._term, _LONGEST_TERM) if pays == self._pays else _FIRST_TERM
+        self._pays, self._in_trial, self._tokens, self._trial = pays, False, 0, ([], [])
+        self.stats.switched_off += not pays
+        self.stats.paused = not pays
 
     def note_window(self, layer: int, seconds: float) -> None:
         """The time from the prediction for `layer` to its router's word."""
@@ -123,20 +151,15 @@ class Prefetcher:
         """By how much a read that is left where it is delays others, at most."""
         return self.read_seconds(min(expert_bytes, self._in_flight_bytes))
 
-    def choose(
-        self, layer: int, absent: Sequence[tuple[int, int]], expert_bytes: int, *, clock: int
-    ) -> list[int]:
+    def choose(self, layer: int, absent: Sequence[tuple[int, int]], expert_bytes: int) -> list[int]:
         """Which of the predicted, absent experts (place in the prediction, expert; best first) to
         read now; the caller tells the outcome of each by note_outcome."""
-        if not (absent and self.active(clock)):
+        if not (absent and self.active):
             return []
-        self.stats.paused = False
         if self.mode == "on":
             chosen = [expert for _, expert in absent[: self._max_reads]]
         else:
             chosen = self._worthwhile(layer, absent, expert_bytes)
-            if not chosen:
-                self._weigh(-_PREDICTION_S, clock)
         self.stats.issued += len(chosen)
         return chosen
 
@@ -155,29 +178,7 @@ class Prefetcher:
             left_s -= whole_s
         return chosen
 
-    def note_outcome(
-        self, clock: int, *, used: bool, saved_s: float = 0.0, cost_s: float = 0.0
-    ) -> None:
-        """What became of a read: whether its expert was picked, the stall that it saved (0 when it
-        landed no earlier than a demand read would have), and the stall that it caused others."""
-        stats = self.stats
-        stats.useful += used
-        stats.wasted += not used
-        stats.saved_s += saved_s
-        stats.cost_s += cost_s
-        self._weigh(saved_s - cost_s, clock)
-
-    def _weigh(self, gain_s: float, clock: int) -> None:
-        self._balance_s += _OUTCOME_MEMORY * (gain_s - self._balance_s)
-        self._outcomes += 1
-        if self.mode != "auto" or self._outcomes < _TRIAL_READS or clock < self._resume_at:
-            return
-        if self._balance_s > 0.0:
-            self._pause = _FIRST_PAUSE
-            return
-        self.stats.switched_off += 1
-        self.stats.paused = True
-        self._resume_at = clock + self._pause
-        self._pause = min(2 * self._pause, _LONGEST_PAUSE)
-        self._outcomes = 0
-        self._balance_s = 0.0
+    def note_outcome(self, *, used: bool) -> None:
+        """What became of a read: whether its expert was picked."""
+        self.stats.useful += used
+        self.stats.wasted += not used
