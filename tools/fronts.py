@@ -16,6 +16,7 @@ from fomoe.errors import RequestError
 # FOMOE's own: no pick is safe, weights renormalised, the cache forgets by recency alone.
 _FOMOE = {"rule": "ratio:0.35", "top_j": 0, "weights": "renorm", "policy": "lru", "max_mass": 1.0}
 _COLOURS = {
+    "budget": "tab:brown",
     "light": "tab:purple",
     "ratio": "tab:blue",
     "prior": "tab:green",
