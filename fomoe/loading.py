@@ -36,7 +36,7 @@ from fomoe.io.reader import Reader
 from fomoe.memory import Background
 from fomoe.models import HyperParameters, Model
 from fomoe.needs import expert_layouts, plan_memory, scratch_shapes
-from fomoe.outputs import Outputs, check_outputs
+from fomoe.outputs import Outputs, check_outputs, output_flags
 from fomoe.places import Place
 from fomoe.plan import MemoryPlan
 from fomoe.processor import Processor
@@ -93,7 +93,7 @@ async def load(
             hp.context_length,
         )
     tokenizer = await _tokenizer(gguf, hp)
-    check_outputs(options, gguf)
+    check_outputs(output_flags(options), dict.fromkeys(gguf.paths, "the model"))
     async with AsyncExitStack() as exits:
         drive, reader = await _open_files(gguf, options, exits)
         layouts = expert_layouts(gguf, hp, reader.alignment)

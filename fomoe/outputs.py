@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import fields
 from pathlib import Path
@@ -20,7 +20,7 @@ from fomoe import host
 from fomoe.config import EngineOptions, format_size
 from fomoe.errors import FormatError, RequestError
 from fomoe.experts.layout import ExpertLayout
-from fomoe.experts.profile import parse, serialise, write_atomically
+from fomoe.experts.profile import is_profile, parse, serialise, write_atomically
 from fomoe.experts.routes import RouteShape, RouteWriter
 from fomoe.gguf import GgufFile
 from fomoe.models import HyperParameters
@@ -29,26 +29,35 @@ from fomoe.trace import Tracer
 _log = logging.getLogger(__name__)
 
 
-def check_outputs(options: EngineOptions, gguf: GgufFile) -> None:
-    """Refuse now what could not be written in the end, or would do harm. Raises RequestError."""
-    flags = {
-        "--trace": options.trace,
-        "--record-routes": options.record_routes,
-        "--profile": options.profile,
-    }
+def check_outputs(outputs: Mapping[str, Path | None], inputs: Mapping[Path, str]) -> None:
+    """Refuse now what could not be written in the end, or would do harm. `outputs`: by flag;
+    `inputs`: what must not be overwritten, and what it is called. Raises RequestError.
+    """
     seen: dict[Path, str] = {}
-    for flag, path in flags.items():
+    for flag, path in outputs.items():
         if path is None:
             continue
         if path.is_dir():
             raise RequestError(f"{flag} {path}: a folder; name a file in it")
+        if path.exists() and not path.is_file():
+            raise RequestError(f"{flag} {path}: a device or pipe; name a file")
         if not os.access(path.parent, os.W_OK | os.X_OK):
             raise RequestError(f"{flag} {path}: {path.parent} is no folder that can be written to")
-        if path.exists() and any(path.samefile(shard) for shard in gguf.paths):
-            raise RequestError(f"{flag} {path}: that is the model; it would be overwritten")
+        for known, what in inputs.items():
+            if path.exists() and known.exists() and path.samefile(known):
+                raise RequestError(f"{flag} {path}: that is {what}; it would be overwritten")
         other = seen.setdefault(path.resolve(), flag)
         if other != flag:
             raise RequestError(f"{other} and {flag} name the same file: {path}")
+
+
+def output_flags(options: EngineOptions) -> dict[str, Path | None]:
+    """The files that an engine writes, by the flags that name them."""
+    return {
+        "--trace": options.trace,
+        "--record-routes": options.record_routes,
+        "--profile": options.profile,
+    }
 
 
 class Outputs:
@@ -91,10 +100,6 @@ class Outputs:
         path = self._options.record_routes
         if path is None:
             return None
-        try:
-            file = self._exits.enter_context(path.open("wb"))
-        except OSError as error:
-            raise RequestError(f"cannot record routes to {path}: {error.strerror}") from error
         shape = RouteShape(
             layers=self._hp.num_layers,
             experts=self._experts,
@@ -105,7 +110,9 @@ class Outputs:
             fingerprint=self._gguf.fingerprint,
             expert_bytes=self._expert_bytes,
         )
-        return RouteWriter(file, shape)
+        writer = RouteWriter(path, shape)
+        self._exits.callback(writer.close)
+        return writer
 
     def profile(self) -> npt.NDArray[np.float32] | None:
         """Use counts of earlier runs, halved: float32 [layers, experts], written back when the
@@ -117,10 +124,11 @@ class Outputs:
         layers, experts = self._hp.num_layers, self._experts
         fingerprint = self._gguf.fingerprint.encode()
         uses: npt.NDArray[np.float32] = np.zeros((layers, experts), np.float32)
-        if path.exists():
+        data = _read_profile(path)
+        if data:
             try:
-                uses = parse(path.read_bytes(), fingerprint, layers, experts) * np.float32(0.5)
-            except (FormatError, OSError) as error:
+                uses = parse(data, fingerprint, layers, experts) * np.float32(0.5)
+            except FormatError as error:
                 _log.warning("profile %s is not used: %s; starting cold", path, error)
 
         def save() -> None:
@@ -131,6 +139,19 @@ class Outputs:
 
         self._exits.callback(save)
         return uses
+
+
+def _read_profile(path: Path) -> bytes:
+    """Nothing where there is none yet. Another file is not to be overwritten: RequestError."""
+    try:
+        data = path.read_bytes() if path.exists() else b""
+    except OSError as error:
+        raise RequestError(f"cannot read --profile {path}: {error.strerror}") from error
+    if data and not is_profile(data):
+        raise RequestError(
+            f"--profile {path}: the file is no profile, and would be overwritten; name another"
+        )
+    return data
 
 
 def _given(options: EngineOptions) -> dict[str, object]:

@@ -9,6 +9,7 @@ from toy import K_TOY, write_toy
 
 from fomoe import CarOptions, Engine, RequestError, Sampling
 from fomoe.experts.backfill import BackfillQueue
+from fomoe.experts.profile import is_profile
 from fomoe.experts.routes import DECODE, PROMPT, read_routes
 
 GREEDY = Sampling(temperature=0.0)
@@ -115,7 +116,7 @@ def test_a_profile_does_not_make_deterministic_text_depend_on_time(model, tmp_pa
     assert at_once[1] > 0
 
 
-@pytest.mark.parametrize("damage", [b"", b"no profile at all", None])
+@pytest.mark.parametrize("damage", [b"fomoeuse", b"fomoeuse and not more", None])
 def test_a_profile_that_cannot_serve_is_refused_with_one_line(model, tmp_path, caplog, damage):
     profile = tmp_path / "uses"
     if damage is None:
@@ -125,6 +126,17 @@ def test_a_profile_that_cannot_serve_is_refused_with_one_line(model, tmp_path, c
         profile.write_bytes(damage)
     assert len(generate(model, n=2, share=1.0, profile=profile)[0]) == 2
     assert [r.getMessage() for r in caplog.records if "is not used" in r.getMessage()]
+
+
+def test_a_file_that_is_no_profile_is_left_alone(model, tmp_path):
+    path = tmp_path / "letter"
+    path.write_text("Dear Sir or Madam")
+    with pytest.raises(RequestError, match="is no profile, and would be overwritten"):
+        generate(model, n=1, share=1.0, profile=path)
+    assert path.read_text() == "Dear Sir or Madam"
+    path.write_text("")
+    generate(model, n=1, share=1.0, profile=path)
+    assert is_profile(path.read_bytes())
 
 
 def test_routes_are_recorded(model, tmp_path):

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fomoe.errors import FormatError
+from fomoe.errors import FormatError, RequestError
 from fomoe.experts.routes import DECODE, NOTHING, PROMPT, RouteShape, RouteWriter, read_routes
 
 SHAPE = RouteShape(
@@ -32,8 +32,7 @@ def write_step(writer: RouteWriter, tokens: int, phase: int) -> list[np.ndarray]
 
 def test_round_trip(tmp_path: Path) -> None:
     path = tmp_path / "r"
-    with path.open("wb") as file:
-        writer = RouteWriter(file, SHAPE)
+    with RouteWriter(path, SHAPE) as writer:
         prompt = write_step(writer, 5, PROMPT)
         decode = write_step(writer, 1, DECODE)
     shape, records = read_routes(path)
@@ -52,8 +51,8 @@ def test_round_trip(tmp_path: Path) -> None:
 
 def test_a_file_cut_short_loses_its_last_record(tmp_path: Path) -> None:
     path = tmp_path / "r"
-    with path.open("wb") as file:
-        write_step(RouteWriter(file, SHAPE), 5, PROMPT)
+    with RouteWriter(path, SHAPE) as writer:
+        write_step(writer, 5, PROMPT)
     whole = path.read_bytes()
     path.write_bytes(whole[:-1])
     assert len(read_routes(path)[1]) == 4
@@ -73,10 +72,19 @@ def test_other_files_are_refused(tmp_path: Path, head: bytes) -> None:
 
 def test_picks_beyond_the_experts_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "r"
-    with path.open("wb") as file:
-        writer = RouteWriter(file, RouteShape(layers=1, experts=4, top_k=1))
+    with RouteWriter(path, RouteShape(layers=1, experts=4, top_k=1)) as writer:
         writer.begin([0], [0], DECODE)
         writer.layer(0, np.array([[9]]), np.array([[1.0]]))
         writer.end()
     with pytest.raises(FormatError, match="beyond"):
         read_routes(path)
+
+
+def test_a_drive_that_is_full() -> None:
+    writer = RouteWriter(Path("/dev/full"), SHAPE)
+    with pytest.raises(RequestError, match="cannot record routes to /dev/full: No space left"):
+        write_step(writer, 1000, PROMPT)
+    with pytest.raises(RequestError, match="No space left"):
+        writer.close()
+    with pytest.raises(RequestError, match="/nowhere/r: No such file"):
+        RouteWriter(Path("/nowhere/r"), SHAPE)

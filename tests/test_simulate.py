@@ -56,8 +56,7 @@ def write_recording(path: Path, trace: Trace) -> None:
     assert trace.logits is not None
     prompt = int(trace.prompt.sum())
     steps = [(0, prompt), *((t, t + 1) for t in range(prompt, len(trace.ids)))]
-    with path.open("wb") as file:
-        writer = RouteWriter(file, shape)
+    with RouteWriter(path, shape) as writer:
         for start, end in steps:
             phase = DECODE if start >= prompt else PROMPT
             writer.begin([0] * (end - start), range(start, end), phase)

@@ -36,10 +36,15 @@ def serialise(uses: npt.NDArray[np.floating], fingerprint: bytes) -> bytes:
     return _HEADER.pack(_MAGIC, _VERSION, *uses.shape, zlib.crc32(body)) + body
 
 
+def is_profile(data: bytes) -> bool:
+    """Whether a file of these bytes is a profile, of whatever model, damaged or not."""
+    return data.startswith(_MAGIC)
+
+
 def parse(data: bytes, fingerprint: bytes, num_layers: int, num_experts: int) -> F32Array:
     """The uses [layers, experts] of a profile file. Raises FormatError, with one line that says why
     it cannot serve, for a damaged profile or one of another model."""
-    if len(data) < _HEADER.size or not data.startswith(_MAGIC):
+    if len(data) < _HEADER.size or not is_profile(data):
         raise FormatError("not a profile of expert use")
     _, version, layers, experts, checksum = _HEADER.unpack_from(data)
     if version != _VERSION:

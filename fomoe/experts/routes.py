@@ -17,16 +17,17 @@ fingerprint (hex), expert_bytes (a list, one per layer). A record:
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 
-from fomoe.errors import FormatError
+from fomoe.errors import FormatError, RequestError
 
 PROMPT, DECODE = 0, 1
 NOTHING = 65535  # in `predicted`
@@ -67,13 +68,22 @@ class RouteShape:
 
 class RouteWriter:
     """Collects one step (a prompt chunk, or a token of each sequence) layer by layer, then appends
-    it. `file`: empty, opened by the caller for binary writing."""
+    it to the file, which is made anew. Raises RequestError when that cannot be written."""
 
-    def __init__(self, file: BinaryIO, shape: RouteShape) -> None:
-        self._file = file
+    def __init__(self, path: Path, shape: RouteShape) -> None:
+        self._path = path
         self._shape = shape
         self._step: npt.NDArray[np.void] = np.zeros(0, shape.record())
-        file.write(_header(shape))
+        with self._named():
+            self._file = path.open("wb")
+            self._file.write(_header(shape))
+
+    @contextlib.contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise RequestError(f"cannot record routes to {self._path}: {error.strerror}") from error
 
     def begin(self, sequences: Sequence[int], positions: Sequence[int], phase: int) -> None:
         """A step of len(positions) tokens starts."""
@@ -106,7 +116,19 @@ class RouteWriter:
 
     def end(self) -> None:
         """All layers of the step were told: append it."""
-        self._file.write(self._step.tobytes())
+        with self._named():
+            self._file.write(self._step.tobytes())
+
+    def close(self) -> None:
+        """Finish the recording. Idempotent; no step may follow."""
+        with self._named():
+            self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 def read_routes(path: Path) -> tuple[RouteShape, npt.NDArray[np.void]]:
