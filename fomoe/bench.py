@@ -136,15 +136,17 @@ class TokenSource:
         if self._text is None:
             drawn: list[int] = self._rng.integers(0, self._vocab_size, count).tolist()
             return drawn
-        end = self._position + count
-        if end > len(self._text):
+        self.require(count)
+        begin, self._position = self._position, self._position + count
+        return list(self._text[begin : self._position])
+
+    def require(self, count: int) -> None:
+        """Raise RequestError unless the text has so many tokens more."""
+        if self._text is not None and self._position + count > len(self._text):
             raise RequestError(
-                f"the text has {len(self._text)} tokens, the tests need more than {end - 1}:"
+                f"the text has {len(self._text)} tokens, the tests need {self._position + count}:"
                 " give a longer one, fewer repetitions (-r) or smaller tests"
             )
-        tokens = self._text[self._position : end]
-        self._position = end
-        return list(tokens)
 
 
 async def run_sample(engine: Engine, test: BenchTest, source: TokenSource) -> Sample:

@@ -31,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status: 0, 1 (error), 2 (bad usage), 130 (Ctrl-C), 141 (what
     is printed is not read) or 143 (SIGTERM).
     """
+    _fill_streams()
     try:
         status = _main(argv)
         sys.stdout.flush()
@@ -47,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"fomoe: error: {where}{error.strerror or error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
+        print("\nfomoe: interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
 
 
@@ -69,6 +71,19 @@ def _main(argv: Sequence[str] | None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that is not of UTF-8
     return _run_loop(args.run(args))
+
+
+def _fill_streams() -> None:
+    """Standard streams that the caller has closed (>&-) lead nowhere: left as they are, files that
+    are opened next would take their place, and Python would print figures on stdout.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+    sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)
+    sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
 
 
 def _drop_stdout() -> None:

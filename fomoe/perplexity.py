@@ -40,8 +40,10 @@ def windows(
     tokens are scored. A model that wants a beginning-of-text token gets it in place of a window's
     first (as llama-perplexity does). Raises RequestError when the text is too short.
     """
-    if context < 4 or stride >= context:
-        raise RequestError(f"a context of {context} tokens and a stride of {stride} do not go")
+    if context < 4:
+        raise RequestError(f"a window of {context} tokens is too short: give -c 4 or more")
+    if not 0 <= stride < context:
+        raise RequestError(f"--stride is from 0 to below -c, which is {context}; not {stride}")
     step = stride or context
     first = context - 1 - stride if stride else context // 2
     starts = range(0, len(tokens) - context + 1, step)

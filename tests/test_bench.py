@@ -126,7 +126,7 @@ def test_figures_of_a_result():
 def test_a_text_is_used_once():
     source = TokenSource(100, [1, 2, 3, 4, 5])
     assert [source.take(2), source.take(2)] == [[1, 2], [3, 4]]
-    with pytest.raises(RequestError, match="the text has 5 tokens, the tests need more than 5"):
+    with pytest.raises(RequestError, match="the text has 5 tokens, the tests need 6"):
         source.take(2)
 
 
@@ -220,9 +220,11 @@ def test_text_and_bad_requests(capsys, model, tmp_path):
     assert json.loads(out)[0]["tokens"] == "text"
     for arguments, message in (
         (["--text", str(tmp_path / "none")], "cannot read the text"),
+        (["--text", str(tmp_path)], "Is a directory"),
+        (["--text", "/dev/null"], "the text has 0 tokens, the tests need"),
         (["-c", "4"], "need a context of 8 tokens, -c gives 4"),
         (["-r", "0"], "-r must be at least 1"),
     ):
-        status, _, err = bench(capsys, model, *arguments)
-        assert (status, message in err) == (1, True), err
+        status, out, err = bench(capsys, model, *arguments)
+        assert (status, message in err, out) == (1, True, ""), err
     assert main(["bench", "-p", "0", "-n", "0"]) == 1

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -120,6 +121,8 @@ def test_the_same_seed_gives_the_same_text(generate):
         (["-p", "x", "--record-routes", "/nowhere/r"], "/nowhere is no folder"),
         (["-p", "x", "--profile", "/nowhere/p"], "/nowhere is no folder"),
         (["-p", "x", "--profile", "."], "a folder; name a file in it"),
+        (["-p", "x", "--profile", "/dev/zero"], "a device or pipe; name a file"),
+        (["-f", "."], "cannot read the prompt from .: Is a directory"),
         (["-p", "x", "--replica", "/nowhere"], "replica /nowhere: no such file or folder"),
         (["-f", "/nowhere"], "cannot read the prompt from /nowhere: No such file"),
         (["-p", "x", "-m", "/nowhere.gguf"], "/nowhere.gguf: No such file"),
@@ -232,6 +235,16 @@ def start(model, *flags, stdout=None):
         stderr=subprocess.PIPE,
         pass_fds=[stdout] if stdout else (),
     )
+
+
+@pytest.mark.parametrize("closed", ["0<&-", "1>&-", "2>&-", "0<&- 1>&- 2>&-"])
+def test_streams_that_the_caller_has_closed(model, closed):
+    program = shlex.join([*PROGRAM, "generate", "-m", str(model), "-p", "the ring", "-n", "2"])
+    done = subprocess.run(["sh", "-c", f"exec {program} {closed}"], capture_output=True, timeout=60)
+    assert done.returncode == 0
+    assert (b"the ring" in done.stdout) == ("1>&-" not in closed)
+    assert (b"generation  " in done.stderr) == ("2>&-" not in closed)
+    assert b"generation  " not in done.stdout
 
 
 def wait_for(stream, text):

@@ -1,6 +1,9 @@
 import asyncio
 import io
 import math
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -117,3 +120,62 @@ def test_the_text_is_read_before_the_event_loop_runs(model, monkeypatch, capsys)
     monkeypatch.setattr("sys.stdin", Stdin(io.BytesIO(TEXT.encode())))
     assert main(["perplexity", "-m", str(model), "-c", "32", "--chunks", "1", "-t", "1"]) == 0
     assert "PPL = " in capsys.readouterr().out
+
+
+def test_files_that_cannot_serve(capsys, model, text, tmp_path):
+    common = ("-m", model, "-f", text, "-c", 32, "--chunks", 1)
+    (tmp_path / "letter").write_text("Dear Sir or Madam")
+    for flags, why in (
+        (("-f", tmp_path), f"cannot read the text from {tmp_path}: Is a directory"),
+        (("-f", "/nowhere"), "cannot read the text from /nowhere: No such file"),
+        (("--kl", "/nowhere"), "/nowhere: No such file"),
+        (("--kl", tmp_path / "letter"), "does not hold log-probabilities"),
+        (("--kl-base", model), "that is the model; it would be overwritten"),
+        (("--kl-base", text), "that is what is read; it would be overwritten"),
+        (("--kl-base", "/nowhere/base"), "/nowhere is no folder"),
+        (("--kl-base", "/dev/full"), "a device or pipe"),
+        (("--resume", "/dev/zero"), "a device or pipe"),
+        (("--resume", tmp_path), "a folder"),
+        (("--resume", tmp_path / "letter"), "is not a file of --resume"),
+        (("--kl-base", tmp_path / "one", "--resume", tmp_path / "one"), "name the same file"),
+        (("--stride", 32), "--stride is from 0 to below -c, which is 32"),
+        (("--stride", -1), "--stride is from 0"),
+        (("-c", 3), "-c 4 or more"),
+        (("--chunks", 0), "leaves no window"),
+    ):
+        status, out, err = run(capsys, *common, *flags)
+        assert (status, out) == (1, "")
+        assert [why in line for line in err.splitlines() if "error" in line] == [True]
+    assert (tmp_path / "letter").read_text() == "Dear Sir or Madam"
+
+
+def test_no_text(capsys, model, monkeypatch):
+    monkeypatch.setattr("sys.stdin", None)
+    status, _, err = run(capsys, "-m", model)
+    assert status == 1
+    assert "no text: give one with -f FILE or on standard input" in err
+
+
+def test_ctrl_c_is_told_in_one_line(model):
+    """A background job, which these tests may be, would begin with the signal ignored."""
+    program = "import signal, sys, fomoe.cli\n"
+    program += "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    program += "sys.exit(fomoe.cli.main())"
+    flags = ["perplexity", "-m", str(model), "-c", "32"]
+    with subprocess.Popen(
+        [sys.executable, "-P", "-c", program, *flags],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        process.stdin.write(TEXT.encode() * 1000)
+        process.stdin.close()
+        process.stdin = None
+        while b"[2/" not in process.stderr.read(8):
+            pass
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert b"PPL" not in out
+    assert err.endswith(b"\nfomoe: interrupted\n")
+    assert b"Traceback" not in err

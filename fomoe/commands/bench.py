@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+from collections.abc import Coroutine
 from pathlib import Path
+from typing import Any
 
 from fomoe.bench import BenchResult, BenchTest, TokenSource, run_sample, warm_up
 from fomoe.bench_table import FORMATS, Run
-from fomoe.commands.common import add_engine_arguments, open_engine
+from fomoe.commands.common import add_engine_arguments, open_engine, read_text
 from fomoe.errors import RequestError
 from fomoe.host import num_processors
 from fomoe.kernels.bandwidth import measure_read_bandwidth
@@ -40,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_engine_arguments(parser, context=None)
 
 
-async def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> Coroutine[Any, Any, int]:
     tests = _tests(args)
     if args.repetitions < 1:
         raise RequestError("-r must be at least 1")
@@ -48,20 +50,28 @@ async def run(args: argparse.Namespace) -> int:
     context = args.ctx_size or needed
     if context < needed:
         raise RequestError(f"the tests need a context of {needed} tokens, -c gives {context}")
-    text = _read(args.text) if args.text else None
+    text = read_text(args.text, what="text", flags="--text FILE") if args.text else None
+    return _run(args, tests, context, text)
+
+
+async def _run(
+    args: argparse.Namespace, tests: list[BenchTest], context: int, text: str | None
+) -> int:
     quiet = args.output != "md"
     output = FORMATS[args.output](sys.stdout)
     threads = args.threads or num_processors()
     # Before the engine takes its memory, so that the budget is kept.
     memory_rate = measure_read_bandwidth(threads)
+    warms_up = not (args.cold or args.no_warmup)
     engine = await open_engine(args, quiet=quiet, context=context)
     try:
         ids = None if text is None else engine.tokenizer.encode(text)
         source = TokenSource(engine.loaded.hp.vocab_size, ids)
+        source.require(sum(test.total_tokens for test in tests) * (args.repetitions + warms_up))
         output.begin(Run.of(engine, threads, memory_rate, source.kind))
         for test in tests:
             result = BenchResult(test, cold=args.cold)
-            if not (args.cold or args.no_warmup):
+            if warms_up:
                 await warm_up(engine, test, source)
             for _ in range(args.repetitions):
                 if args.cold:
@@ -114,10 +124,3 @@ def _pair(text: str) -> tuple[int, int]:
     if not match or not int(match[1]) + int(match[2]):
         raise argparse.ArgumentTypeError(f"{text!r} is not PP,TG, such as 512,128")
     return int(match[1]), int(match[2])
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RequestError(f"cannot read the text of {path}: {error}") from error

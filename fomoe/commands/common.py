@@ -202,25 +202,25 @@ class LoadBar:
         print(f"dense weights [{bar}] {rate:5.2f} GB/s ", end=end, file=sys.stderr, flush=True)
 
 
-def read_prompt(args: argparse.Namespace) -> str:
-    """The prompt from -p, -f or standard input. Raises RequestError."""
-    if args.prompt is not None:
-        return str(args.prompt)
-    if args.file is not None:
-        where = str(args.file)
+def read_text(path: Path | None, *, what: str, flags: str) -> str:
+    """The text of a file, or of standard input without one. Raises RequestError, which calls it
+    `what` and names the `flags` that give it. Not for a running event loop: a pipe may take its
+    time."""
+    if path is not None:
+        where = str(path)
         try:
-            data = args.file.read_bytes()
+            data = path.read_bytes()
         except OSError as error:
-            raise RequestError(f"cannot read the prompt from {where}: {error.strerror}") from error
+            raise RequestError(f"cannot read the {what} from {where}: {error.strerror}") from error
     elif sys.stdin is None or sys.stdin.isatty():
-        raise RequestError("no prompt: give one with -p TEXT, -f FILE or on standard input")
+        raise RequestError(f"no {what}: give one with {flags} or on standard input")
     else:
         where = "standard input"
         data = sys.stdin.buffer.read()
     try:
-        return str(data.decode("utf-8"))
+        return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise RequestError(f"the prompt from {where} is not UTF-8 text: {error}") from error
+        raise RequestError(f"the {what} from {where} is not UTF-8 text: {error}") from error
 
 
 def _sizes(text: str) -> tuple[int, ...]:

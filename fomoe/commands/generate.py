@@ -10,7 +10,7 @@ from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 
-from fomoe.commands.common import add_engine_arguments, open_engine, read_prompt
+from fomoe.commands.common import add_engine_arguments, open_engine, read_text
 from fomoe.commands.interruption import Interruption
 from fomoe.engine import Engine
 from fomoe.errors import RequestError
@@ -73,7 +73,10 @@ def sampling_from(args: argparse.Namespace) -> Sampling:
 def run(args: argparse.Namespace) -> Coroutine[Any, Any, int]:
     if args.n_predict < -1:
         raise RequestError(f"-n must be 0 or more, or -1, not {args.n_predict}")
-    return _run(args, read_prompt(args), sampling_from(args))
+    prompt = args.prompt
+    if prompt is None:
+        prompt = read_text(args.file, what="prompt", flags="-p TEXT, -f FILE")
+    return _run(args, prompt, sampling_from(args))
 
 
 async def _run(args: argparse.Namespace, prompt: str, sampling: Sampling) -> int:

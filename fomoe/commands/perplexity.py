@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 import sys
 from collections.abc import Coroutine
 from pathlib import Path
@@ -15,9 +16,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fomoe.commands.common import add_engine_arguments, open_engine, read_prompt
+from fomoe.commands.common import add_engine_arguments, open_engine, read_text
 from fomoe.engine import Engine
 from fomoe.errors import FormatError, RequestError
+from fomoe.outputs import check_outputs, output_flags
 from fomoe.perplexity import Score, Window, log_softmax, windows
 
 _BASE_MAGIC = "fomoe log-probabilities 1"
@@ -26,7 +28,7 @@ _BASE_MAGIC = "fomoe log-probabilities 1"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("-f", "--file", type=Path, metavar="FILE", help="the text (default: standard input)")
-    add("--chunks", type=int, default=-1, metavar="N", help="windows to score, -1 for all")
+    add("--chunks", type=int, default=-1, metavar="N", help="windows to score (default: all)")
     add("--stride", "--ppl-stride", type=int, default=0, metavar="N",
         help="let windows overlap, N tokens apart; 0 scores the second half of each")  # fmt: skip
     add("--kl-base", type=Path, metavar="FILE", help="write exact log-probabilities to a file")
@@ -37,7 +39,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--resume", type=Path, metavar="FILE",
         help="note results in a file, and continue a run that was interrupted")  # fmt: skip
     add_engine_arguments(parser, context=512)
-    parser.set_defaults(prompt=None)
 
 
 def run(args: argparse.Namespace) -> Coroutine[Any, Any, int]:
@@ -45,7 +46,7 @@ def run(args: argparse.Namespace) -> Coroutine[Any, Any, int]:
         raise RequestError("--kl compares with a file that --kl-base wrote: give one of them")
     if args.kl_base and args.car != "off":
         raise RequestError("--kl-base writes exact log-probabilities: leave --car out")
-    return _run(args, read_prompt(args))
+    return _run(args, read_text(args.file, what="text", flags="-f FILE"))
 
 
 async def _run(args: argparse.Namespace, text: str) -> int:
@@ -58,12 +59,20 @@ async def _run(args: argparse.Namespace, text: str) -> int:
             todo = todo[: args.chunks]
         if not todo:
             raise RequestError("--chunks leaves no window to score")
+        _check_files(args, engine)
         base = _Base(args, engine, todo)
         journal = _Journal(args, engine, ids)
         total = await _score(args, engine, todo, base, journal)
         print(*total.lines(compared=args.kl is not None), sep="\n")
         print(*engine.stats().lines(), sep="\n", file=sys.stderr)
     return 0
+
+
+def _check_files(args: argparse.Namespace, engine: Engine) -> None:
+    inputs = dict.fromkeys(engine.loaded.gguf.paths, "the model")
+    inputs |= {path: "what is read" for path in (args.file, args.kl) if path}
+    outputs = {"--kl-base": args.kl_base, "--resume": args.resume}
+    check_outputs(output_flags(engine.options) | outputs, inputs)
 
 
 async def _score(
@@ -124,8 +133,9 @@ class _Base:
                 path.write_bytes(text)
             mode = "r+" if self._writes else "r"
             if self._writes:
+                # Now, since a full drive met through the mapping would kill the process.
                 with path.open("r+b") as file:
-                    file.truncate(len(text) + 4 * math.prod(shape))
+                    os.posix_fallocate(file.fileno(), 0, len(text) + 4 * math.prod(shape))
             self._rows = np.memmap(path, np.float32, mode, len(text), shape)  # type: ignore[call-overload]
         except OSError as error:
             raise RequestError(f"{path}: {error.strerror}") from error
@@ -182,6 +192,10 @@ class _Journal:
 
     def add(self, score: Score) -> None:
         self.done.append(score)
-        if self._path is not None:
+        if self._path is None:
+            return
+        try:
             with self._path.open("a") as file:
                 file.write(json.dumps(dataclasses.asdict(score)) + "\n")
+        except OSError as error:
+            raise RequestError(f"{self._path}: {error.strerror}") from error
