@@ -13,7 +13,7 @@ import os
 import random
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from fomoe.errors import ReadError
@@ -64,6 +64,9 @@ class ReadRate:
         return self.cpu_seconds / self.reads
 
 
+_BACKGROUND_S = 5e-3
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Drive:
     """The best way found to read a drive, and the rate it gave."""
@@ -73,7 +76,11 @@ class Drive:
     bytes_per_second: float
 
     def options(self) -> ReadOptions:
-        return ReadOptions(read_bytes=self.read_bytes, depth=self.depth)
+        """Background work has some 5 ms of reading in flight: as long as a demand read is delayed
+        at most, and about as long as compute goes on before landings are looked for."""
+        usual = ReadOptions(read_bytes=self.read_bytes, depth=self.depth)
+        depth = round(self.bytes_per_second * _BACKGROUND_S / usual.background_read_bytes)
+        return replace(usual, background_depth=min(max(depth, usual.background_depth), 16))
 
 
 async def measure_reads(

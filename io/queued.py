@@ -30,7 +30,8 @@ class ReadOptions:
     """How requests are cut and how much is in flight. Bytes are multiples of the alignment.
 
     Defaults: 8 to 16 MB in flight reach full rate on every drive measured, more only delays; what
-    is in flight of background work is all that can delay a demand read, hence 4 MiB of it.
+    is in flight of background work is all that can delay a demand read, hence 4 MiB of it where
+    the drive's rate is not known.
     """
 
     read_bytes: int = 1 << 20

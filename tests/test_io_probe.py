@@ -37,6 +37,12 @@ def test_one_of_the_candidates_is_chosen(path: Path, io: str) -> None:
     assert drive.options().depth == drive.depth
 
 
+@pytest.mark.parametrize(("gb_s", "pieces"), [(0.1, 4), (1.4, 7), (2.5, 12), (7.0, 16)])
+def test_background_work_is_a_few_milliseconds_of_reading(gb_s: float, pieces: int) -> None:
+    drive = Drive(read_bytes=1 << 20, depth=8, bytes_per_second=gb_s * 1e9)
+    assert drive.options().background_depth == pieces
+
+
 def test_more_in_flight_must_be_worthwhile(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rates = iter([1.0, 1.02, 1.02, 1.05])
 
