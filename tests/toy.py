@@ -243,11 +243,7 @@ def write_toy(
     rng = np.random.default_rng(seed)
     plan = list(tensor_plan(toy))
     limit = -(-(len(plan) + len(extra or {})) // toy.shards) if toy.shards > 1 else 0
-    writer = gguf.GGUFWriter(path, toy.architecture, split_max_tensors=limit)
-    if toy.align != 32:
-        writer.add_custom_alignment(toy.align)
-    _add_metadata(writer, toy)
-    _add_tokenizer(writer, toy)
+    writer = begin_file(path, toy, split_max_tensors=limit)
     for key, value in (keys or {}).items():
         _replace_key(writer, key, value)
     for name, shape, type_name in plan:
@@ -265,6 +261,16 @@ def write_toy(
     paths: list[Path] = writer.format_shard_names(path)
     writer.close()
     return paths[0]
+
+
+def begin_file(path: Path, toy: Toy, *, split_max_tensors: int = 0) -> gguf.GGUFWriter:
+    """A writer that has all of the file but its tensors."""
+    writer = gguf.GGUFWriter(path, toy.architecture, split_max_tensors=split_max_tensors)
+    if toy.align != 32:
+        writer.add_custom_alignment(toy.align)
+    _add_metadata(writer, toy)
+    _add_tokenizer(writer, toy)
+    return writer
 
 
 def _add_metadata(writer: gguf.GGUFWriter, toy: Toy) -> None:

@@ -1,7 +1,8 @@
-"""Decoding and prompts of a large model's shapes on a device, beside what the hardware allows.
+"""Decoding and a prompt of a model on a device under one memory budget, beside what the hardware
+allows.
 
-Owns: the file (real shapes, random weights, as many layers as asked for), runs under memory budgets
-and their bound. Does not know: kernels, the card. tools/gpu_check runs it: a JSON array on stdout.
+Owns: the run and its bound, in the time it is given. Does not know: kernels, the card, the file.
+tools/gpu_check runs it: JSON, an object a line, on stdout, each as soon as it is known.
 """
 
 from __future__ import annotations
@@ -9,118 +10,178 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import shutil
 import statistics
 import sys
-from dataclasses import replace
+import time
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fomoe.bench import BenchTest, TokenSource, decode_bytes, run_sample, warm_up
+from fomoe.bench import BenchTest, Sample, TokenSource, decode_bytes, run_sample
 from fomoe.engine import Engine
 from fomoe.experts.car import CarOptions
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-import toy  # type: ignore[import-not-found]
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from gpu_launches import record
 
-LARGE = toy.Toy(
-    hidden=4096, heads=32, kv_heads=2, head_dim=256, rope_dims=64, experts=512, top_k=10, ff=1024,
-    shared_ff=1024, k_heads=16, v_heads=64, state_dim=128, vocab=248320, dense_type="Q4_K",
-    gate_type="Q4_K", up_type="Q4_K", down_types=("Q6_K", "Q4_K"), embed_type="Q4_K", align=4096,
-)  # fmt: skip
-TINY = toy.Toy()
-# A layer's experts are 3.9 GB; what is free must hold them and leave some.
-LAYER_BYTES, HEAD_BYTES, MAX_LAYERS = 4_000_000_000, 1_400_000_000, 8
+PROMPT_SHARE = 0.6  # of the time, that a prompt may be expected to take
+MANY = 16  # tokens that kernels for many compute, as few as there are: each needs other experts
+PROFILED = 4  # tokens
+PROFILE_SECONDS = 10
 
 
-def write(path: Path, layers: int) -> None:
-    """The file with `layers` layers, 0 for as many as the disk holds."""
-    if not layers:
-        free = shutil.disk_usage(path.parent).free
-        layers = min(MAX_LAYERS, int((free * 0.8 - HEAD_BYTES) // LAYER_BYTES))
-        if layers < 1:
-            raise SystemExit(f"{path.parent} has {free / 1e9:.1f} GB free: a layer takes 4 GB")
-    toy.write_toy(path, replace(LARGE, layers=layers))
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """Bytes that experts' reads and copies to devices had moved, and their uses, and those that the
+    processor computed, at some time."""
+
+    copied: int
+    uses: int
+    host_uses: int
+
+    @staticmethod
+    def of(engine: Engine) -> Moved:
+        tiers = [device.tier for device in engine.stats().devices]
+        return Moved(
+            sum(t.copied_bytes for t in tiers),
+            sum(t.uses for t in tiers),
+            sum(t.host_uses for t in tiers),
+        )
 
 
-def bound_seconds(
-    engine: Engine, read: float, copied: float, rates: dict[str, float]
-) -> dict[str, float]:
-    """Seconds of a token in which each part moves its bytes: max(drive, link, device memory)."""
-    drive = engine.loaded.drive
-    seconds = {
-        "device_memory": decode_bytes(engine) / 1e9 / rates["copy_gb_per_second"],
-        "link": copied / 1e9 / rates["to_device_gb_per_second"],
-    }
-    if drive is not None:
-        seconds["drive"] = read / drive.bytes_per_second
-    return seconds
+class Run:
+    """A model that is open, and the time it may take."""
 
+    def __init__(self, engine: Engine, args: argparse.Namespace, end: float) -> None:
+        self.engine, self.args, self.end = engine, args, end
+        self.rates: dict[str, float] = args.rates
+        self.source = TokenSource(engine.loaded.hp.vocab_size)
 
-async def measure(
-    args: argparse.Namespace, vram: str, car: str, rates: dict[str, float]
-) -> dict[str, Any]:
-    """Rates of generation and of a prompt under one budget."""
-    generation, prompt = BenchTest(generated=args.n_gen), BenchTest(prompt=args.n_prompt)
-    async with Engine.open(
-        args.model, dram=args.dram, vram=() if args.tiny else vram, device=args.device,
-        car=CarOptions.parse(car), context=args.n_gen + args.n_prompt,
-    ) as engine:  # fmt: skip
-        source = TokenSource(engine.loaded.hp.vocab_size)
-        await warm_up(engine, generation, source)
-        before = copied_bytes(engine)
-        samples = [await run_sample(engine, generation, source) for _ in range(args.repetitions)]
-        tokens = args.repetitions * args.n_gen
-        copied = (copied_bytes(engine) - before) / tokens
-        read = sum(s.expert_bytes for s in samples) / tokens
-        seconds = statistics.median(s.seconds for s in samples) / args.n_gen
-        bound = bound_seconds(engine, read, copied, rates)
-        await warm_up(engine, prompt, source)
-        prompt_seconds = (await run_sample(engine, prompt, source)).seconds
+    @property
+    def left(self) -> float:
+        return self.end - time.monotonic()
+
+    async def all(self) -> None:
+        tell({"plan": self.engine.plan.lines()})
+        await self.warm_up()
+        tell({"prompt": await self.prompt()})
+        tell({"generation": await self.generation()})
+        tell({"launches": await self.launches()})
+        tell({"stats": self.engine.stats().lines()})
+
+    async def warm_up(self) -> None:
+        """Compile the kernels, of a few tokens and of many."""
+        for test in (BenchTest(prompt=MANY), BenchTest(generated=2)):
+            await run_sample(self.engine, test, self.source)
+
+    async def prompt(self) -> dict[str, Any]:
+        """The first long prompt, when little is in memory: it also fills the caches."""
+        drive = self.engine.loaded.drive
+        plan = self.engine.plan
+        if drive:
+            experts = plan.num_experts * plan.streamed_bytes_per_token
+            experts //= sum(p.moe.top_k for p in self.engine.loaded.hp.layers)
+            expected = experts / drive.bytes_per_second
+            if expected > PROMPT_SHARE * self.left:
+                return {
+                    "not measured": f"reading every expert takes {expected:.0f} s of the"
+                    f" {self.left:.0f} that are left"
+                }
+        before = Moved.of(self.engine)
+        sample = await run_sample(self.engine, BenchTest(prompt=self.args.n_prompt), self.source)
+        after = Moved.of(self.engine)
+        bound = self.bound(sample.expert_bytes, after.copied - before.copied)
         return {
-            "vram": vram,
-            "car": car,
-            "tokens_per_second": 1 / seconds,
-            "prompt_tokens_per_second": args.n_prompt / prompt_seconds,
-            "read_bytes_per_token": read,
-            "copied_bytes_per_token": copied,
+            "tokens": self.args.n_prompt,
+            "tokens_per_second": self.args.n_prompt / sample.seconds,
+            "read_bytes": sample.expert_bytes,
+            "copied_bytes": after.copied - before.copied,
             "bound_seconds": bound,
-            "seconds_over_bound": seconds / max(bound.values()),
-            "plan": engine.plan.lines(),
-            "stats": engine.stats().lines(),
+            "seconds_over_bound": over(sample.seconds, bound),
         }
 
+    async def generation(self) -> dict[str, Any]:
+        """Tokens one by one in pieces, after a piece that is not counted, as long as there is time:
+        one piece at the least."""
+        test = BenchTest(generated=self.args.n_gen)
+        await run_sample(self.engine, test, self.source)
+        samples: list[Sample] = []
+        before, begin = Moved.of(self.engine), time.monotonic()
+        while len(samples) < self.args.repetitions:
+            samples.append(await run_sample(self.engine, test, self.source))
+            each = (time.monotonic() - begin) / len(samples)
+            if self.left < each + PROFILE_SECONDS:
+                break
+        after, tokens = Moved.of(self.engine), len(samples) * self.args.n_gen
+        read = sum(s.expert_bytes for s in samples) / tokens
+        copied = (after.copied - before.copied) / tokens
+        uses = after.uses - before.uses
+        host_share = (after.host_uses - before.host_uses) / uses if uses else 0.0
+        bound = self.bound(read, copied) | {"device_memory": self.memory_seconds(host_share)}
+        seconds = statistics.median(s.seconds for s in samples) / self.args.n_gen
+        return {
+            "tokens": tokens,
+            "tokens_per_second": 1 / seconds,
+            "read_bytes_per_token": read,
+            "copied_bytes_per_token": copied,
+            "host_share": host_share,
+            "bound_seconds": bound,
+            "seconds_over_bound": over(seconds, bound),
+        }
 
-def copied_bytes(engine: Engine) -> int:
-    return sum(device.tier.copied_bytes for device in engine.stats().devices)
+    def bound(self, read: float, copied: float) -> dict[str, float]:
+        """Seconds in which the drive and the link move so many bytes."""
+        drive = self.engine.loaded.drive
+        seconds = {"link": copied / 1e9 / self.rates["to_device_gb_per_second"]}
+        if drive is not None:
+            seconds["drive"] = read / drive.bytes_per_second
+        return seconds
+
+    def memory_seconds(self, host_share: float) -> float:
+        """Seconds in which the card reads the weights of a token, but for the experts that the
+        processor computes."""
+        experts = self.engine.plan.streamed_bytes_per_token
+        here = decode_bytes(self.engine) - host_share * experts
+        return here / 1e9 / self.rates["copy_gb_per_second"]
+
+    async def launches(self) -> dict[str, Any]:
+        test = BenchTest(generated=PROFILED)
+        decode = partial(run_sample, self.engine, test, self.source)
+        file = self.args.model.with_name("profile.json")
+        return await record(decode, PROFILED, self.engine.loaded.hp.num_layers, file)
 
 
-def main() -> None:
+def over(seconds: float, bound: dict[str, float]) -> float | None:
+    most = max(bound.values())
+    return seconds / most if most else None
+
+
+def tell(part: dict[str, Any]) -> None:
+    print(json.dumps(part), flush=True)
+
+
+async def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0] if __doc__ else None)
-    parser.add_argument("--model", type=Path, required=True, help="written if it is not there")
-    parser.add_argument("--layers", type=int, default=0, help="0: as many as the disk holds")
-    parser.add_argument("--tiny", action="store_true", help="a file of 2 MB instead")
+    parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--device", default="cuda:0")
-    parser.add_argument("--vram", default="16GiB,24GiB")
+    parser.add_argument("--vram", default="", help="(default: what is free)")
     parser.add_argument("--dram", default=None)
-    parser.add_argument("--car", default="off,on")
-    parser.add_argument("--n-gen", type=int, default=32)
+    parser.add_argument("--car", default="off")
+    parser.add_argument("--n-gen", type=int, default=8, help="tokens of a piece")
     parser.add_argument("--n-prompt", type=int, default=2048)
-    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--repetitions", type=int, default=8, help="pieces at the most")
+    parser.add_argument("--seconds", type=float, default=120, help="what it may take in all")
     parser.add_argument("--rates", type=json.loads, required=True, help="the card's limits, JSON")
     args = parser.parse_args()
-    if not args.model.exists():
-        if args.tiny:
-            toy.write_toy(args.model, TINY)
-        else:
-            write(args.model, args.layers)
-    runs = [
-        asyncio.run(measure(args, vram, car, args.rates))
-        for vram in args.vram.split(",")
-        for car in args.car.split(",")
-    ]
-    print(json.dumps(runs))
+    end = time.monotonic() + args.seconds
+    context = args.n_prompt + args.n_gen
+    async with Engine.open(
+        args.model, dram=args.dram, vram=args.vram or (), device=args.device, context=context,
+        ubatch=args.n_prompt, car=CarOptions.parse(args.car), cache_dir=args.model.parent,
+    ) as engine:  # fmt: skip
+        await Run(engine, args, end).all()
 
 
 if __name__ == "__main__":
-    main()
+    asyncio.run(main())

@@ -2,7 +2,8 @@
 
 Owns: timing of copies and kernels on a device. Does not know: models, files, the engine. Without a
 GPU (TRITON_INTERPRET=1) it runs tiny shapes in Triton's interpreter: whether it works, not how
-fast. tools/gpu_check runs it as a program: one JSON object on stdout.
+fast. tools/gpu_check runs it as a program: JSON, an object a line, on stdout, each as soon as it is
+known. A kernel that fails is told of, and leaves the others alone.
 """
 
 from __future__ import annotations
@@ -10,9 +11,11 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,6 +26,8 @@ from fomoe.kernels.gpu.launch import arch_of
 from fomoe.kernels.gpu.weights import GpuWeight
 from fomoe.kernels.ops import MoeSpec
 from fomoe.kernels.table import QUANT_TYPES, QuantType
+
+Run = Callable[[], dict[str, Any]]
 
 TYPES = {t.name: t for t in QUANT_TYPES.values()}
 IN_GRAPH = 8
@@ -56,7 +61,7 @@ LARGE = Sizes(
     copy_bytes=1 << 30, square=8192, repeat=20,
 )  # fmt: skip
 TINY = Sizes(
-    rows=8, cols=256, tokens=9, hidden=256, ff=256, top_k=2, slots=3, copy_bytes=1 << 16,
+    rows=8, cols=256, tokens=9, hidden=256, ff=256, top_k=2, slots=2, copy_bytes=1 << 16,
     square=32, repeat=1,
 )  # fmt: skip
 
@@ -132,23 +137,16 @@ def limits(device: Device, sizes: Sizes) -> dict[str, float]:
     }
 
 
-def products(device: Device, sizes: Sizes, names: tuple[str, ...]) -> list[dict[str, Any]]:
+def products(device: Device, sizes: Sizes, name: str) -> dict[str, Any]:
     """One token: GB/s of weights. A prompt: TFLOP/s."""
-    results = []
-    for name in names:
-        data = random_bytes(TYPES[name], sizes.rows, sizes.cols, device.name)
-        one = decode_seconds(device, sizes, TYPES[name], data)
-        rows = min(sizes.rows, 8192)
-        many = prompt_seconds(device, sizes, TYPES[name], data, rows)
-        results.append(
-            {
-                "kernel": "matvec",
-                "type": name,
-                "gb_per_second": data.numel() / one / 1e9,
-                "prompt_tflops": 2 * sizes.tokens * rows * sizes.cols / many / 1e12,
-            }
-        )
-    return results
+    data = random_bytes(TYPES[name], sizes.rows, sizes.cols, device.name)
+    one = decode_seconds(device, sizes, TYPES[name], data)
+    rows = min(sizes.rows, 8192)
+    many = prompt_seconds(device, sizes, TYPES[name], data, rows)
+    return {
+        "gb_per_second": data.numel() / one / 1e9,
+        "prompt_tflops": 2 * sizes.tokens * rows * sizes.cols / many / 1e12,
+    }
 
 
 def decode_seconds(device: Device, sizes: Sizes, type_: QuantType, data: Any) -> float:
@@ -212,7 +210,7 @@ class Experts:
 
         seconds = self.device.seconds(run, self.sizes.repeat)
         nbytes = sum(m.numel() for m in self.matrices[0]) * self.sizes.top_k
-        return self.row("moe, one token", gb_per_second=nbytes / seconds / 1e9)
+        return {"gb_per_second": nbytes / seconds / 1e9}
 
     def prompt(self) -> dict[str, Any]:
         tokens = self.sizes.tokens
@@ -226,12 +224,9 @@ class Experts:
             matmul.grouped_down(self.spec, act, groups, self.table, out)
             moe.combine(x, out, weights)
 
-        seconds = self.device.seconds(run, max(2, self.sizes.repeat // 4))
+        seconds = self.device.seconds(run, -(-self.sizes.repeat // 4))
         flops = 6 * tokens * self.sizes.top_k * self.sizes.hidden * self.sizes.ff
-        return self.row("moe, prompt", prompt_tflops=flops / seconds / 1e12)
-
-    def row(self, kernel: str, **figures: float) -> dict[str, Any]:
-        return {"kernel": kernel, "type": f"Q4_K, {self.spec.down_type.name}", **figures}
+        return {"prompt_tflops": flops / seconds / 1e12}
 
 
 def describe(device: Device) -> dict[str, Any]:
@@ -240,24 +235,50 @@ def describe(device: Device) -> dict[str, Any]:
     made = {"torch": torch.__version__, "triton": triton.__version__, "arch": arch_of(device.name)}
     if not device.gpu:
         return {"name": "none: Triton's interpreter", **made}
-    properties = torch.cuda.get_device_properties(device.name)
-    return {"name": properties.name, "memory_bytes": properties.total_memory, **made}
+    free, total = torch.cuda.mem_get_info(device.name)
+    name = torch.cuda.get_device_name(device.name)
+    return {"name": name, "memory_bytes": total, "free_bytes": free, **made}
+
+
+def rows(device: Device, sizes: Sizes, tiny: bool) -> Iterator[tuple[str, str, Run]]:
+    """What is measured: a kernel, its type, and what measures it."""
+    for name in ("Q4_K",) if tiny else NAMES:
+        yield "matvec", name, partial(products, device, sizes, name)
+    for down_type in ("Q6_K",) if tiny else ("Q4_K", "Q6_K"):
+        experts = Experts(device, sizes, down_type)
+        yield "moe, one token", f"Q4_K, {down_type}", experts.decode
+        yield "moe, prompt", f"Q4_K, {down_type}", experts.prompt
+        del experts
+
+
+def measured(run: Run) -> dict[str, Any]:
+    try:
+        return run()
+    except Exception as error:  # of compiling, launching or of memory: whatever it is, it is told
+        return {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
+
+
+def tell(part: dict[str, Any]) -> None:
+    print(json.dumps(part), flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0] if __doc__ else None)
     parser.add_argument("--device", default="cuda:0")
     parser.add_argument("--tiny", action="store_true", help="sizes for the interpreter")
+    parser.add_argument("--describe", action="store_true", help="only say what the device is")
     args = parser.parse_args()
     device, sizes = Device(args.device), TINY if args.tiny else LARGE
-    names = ("Q4_K",) if args.tiny else NAMES
-    kernels = products(device, sizes, names)
-    for down_type in ("Q6_K",) if args.tiny else ("Q4_K", "Q6_K"):
-        experts = Experts(device, sizes, down_type)
-        kernels += [experts.decode(), experts.prompt()]
-        del experts
-    result = {"device": describe(device), "limits": limits(device, sizes), "kernels": kernels}
-    print(json.dumps(result))
+    if device.gpu and not torch.cuda.is_available():
+        sys.exit(
+            f"torch {torch.__version__} sees no GPU: is the driver there (nvidia-smi, rocminfo)?"
+        )
+    tell({"device": describe(device)})
+    if args.describe:
+        return
+    tell({"limits": limits(device, sizes)})
+    for kernel, type_name, run in rows(device, sizes, args.tiny):
+        tell({"kernels": [{"kernel": kernel, "type": type_name, **measured(run)}]})
 
 
 if __name__ == "__main__":
