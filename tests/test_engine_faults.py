@@ -15,6 +15,7 @@ from toy import K_TOY, write_toy
 import fomoe
 from fomoe import Engine, Sampling
 from fomoe.io.open import open_reader
+from fomoe.runner import Runner
 
 TOY = dataclasses.replace(K_TOY, layers=3, experts=32, top_k=4)
 GREEDY = Sampling(temperature=0.0)
@@ -84,13 +85,13 @@ def test_sequences_that_did_not_pick_a_lost_expert_go_on(model, drive, monkeypat
     it, end up with what they would have had alone."""
     prompts = ["there, in the ring", "on the other side", "a"]
     rewound = []
-    rewind = Engine._rewind
+    rewind = Runner._rewind
 
-    def noted(engine, sequence):
+    def noted(runner, sequence):
         rewound.append(sequence.num_computed)
-        rewind(engine, sequence)
+        rewind(runner, sequence)
 
-    monkeypatch.setattr(Engine, "_rewind", noted)
+    monkeypatch.setattr(Runner, "_rewind", noted)
 
     async def rows(engine):
         ids = engine.tokenizer.encode("the thing there")
@@ -106,7 +107,7 @@ def test_sequences_that_did_not_pick_a_lost_expert_go_on(model, drive, monkeypat
                 shared = []  # experts that are read while several sequences run
 
                 def once(request, shared=shared, nth=nth):
-                    if len(engine._scheduler.running) == 1 or "expert" not in request.what:
+                    if len(engine._runner.scheduler.running) == 1 or "expert" not in request.what:
                         return False
                     shared.append(request.what)
                     return len(shared) == nth
@@ -173,7 +174,7 @@ def test_a_consumer_that_does_not_keep_up_holds_its_sequence_up(model):
             rows = engine.logit_rows(ids)
             parts = [await anext(rows)]
             assert len(await text_of(engine)) == 8
-            assert engine._scheduler.running[0]._outputs.qsize() == 1
+            assert engine._runner.scheduler.running[0]._outputs.qsize() == 1
             parts += [part async for part in rows]
             np.testing.assert_array_equal(np.concatenate(parts), await engine.logits(ids))
 
@@ -190,7 +191,7 @@ def test_a_broken_engine_says_so_to_all(model, monkeypatch):
         async def broken(chunks):
             raise AssertionError("broken")
 
-        monkeypatch.setattr(engine._forward, "run", broken)
+        monkeypatch.setattr(engine._runner.forward, "run", broken)
         for result in await asyncio.gather(*waiting, return_exceptions=True):
             assert isinstance(result, fomoe.ClosedError)
             assert "broken" in str(result)
