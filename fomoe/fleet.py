@@ -18,7 +18,7 @@ from fomoe import host, models
 from fomoe.config import EngineOptions
 from fomoe.device_plan import DevicePlan, make_device_plan
 from fomoe.device_weights import DeviceWeights, bounce_bytes
-from fomoe.errors import RequestError
+from fomoe.errors import RequestError, UnsupportedError
 from fomoe.experts.cache import ExpertCache, make_policy
 from fomoe.experts.device_layout import DeviceLayout
 from fomoe.experts.device_tier import DeviceSlots, DeviceTier
@@ -38,7 +38,7 @@ from fomoe.places import Place
 from fomoe.plan import LayerNeed
 from fomoe.state import kv_bytes, recurrent_bytes
 from fomoe.trace import Tracer
-from fomoe.weights import Progress, region_bytes
+from fomoe.weights import DenseWeights, Progress, region_bytes
 
 _log = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ class Fleet:
     """Layers take turns: layer i is computed by device i modulo their number. The first one has the
     embedding and the head. A Processor (processor.py) stands in its place where there are none."""
 
-    table: Tensor | None = None  # the embedding in host memory: never
+    table: Tensor | None = None  # the embedding, where it is held in host memory
 
     def __init__(
         self,
@@ -73,6 +73,7 @@ class Fleet:
             ops = device.make_ops(threads=threads, max_tokens=options.ubatch, isa=options.cpu_isa)
             exits.callback(ops.close)
             self.ops.append(ops)
+            self._check_types(device, ops, len(self.ops) - 1)
         self.helper: CpuOps | None = None
         self.plans = [self._plan(device, n) for n, device in enumerate(devices)]
 
@@ -86,6 +87,29 @@ class Fleet:
         """The device that a tensor belongs to."""
         prefix, number, *_ = name.split(".")
         return self.device_of(int(number)) if prefix == "blk" else self.devices[0]
+
+    def _check_types(self, device: Device, ops: DeviceOps, number: int) -> None:
+        """Raises UnsupportedError where the device has no kernel for a matrix that it would get."""
+        dense = [*self._infos, *[self._gguf.tensors[self._hp.embedding]] * (number == 0)]
+        for info in dense:
+            if (
+                self._owner(info.name) is device
+                and len(info.shape) > 1
+                and not ops.reads(info.type)
+            ):
+                raise UnsupportedError(
+                    f"{info.name} is of type {info.type.name}, which no kernel of {device.name}"
+                    " reads: use --device cpu, or a file without that type"
+                )
+        for p in self._layers(number):
+            types = (p.moe.gate_type, p.moe.up_type, p.moe.down_type)
+            unread = [t.name for t in types if not ops.reads(t)]
+            if unread and p.index not in self._pinned:
+                raise UnsupportedError(
+                    f"layer {p.index} has experts of type {unread[0]}, which no kernel of"
+                    f" {device.name} reads: leave the experts to the processor with --cpu-moe, use"
+                    " --device cpu, or a file without that type"
+                )
 
     # ---- plans ----
 
@@ -143,8 +167,11 @@ class Fleet:
         ]
 
     def embedding_bytes(self, alignment: int) -> int:
-        """None is held in host memory: its rows are read as they are needed."""
-        return 0
+        """As Processor.embedding_bytes: it stays in host memory, from where a step's rows go to the
+        first device. Of a head that is tied to it the devices have a copy, which serves them alone.
+        """
+        hp = self._hp
+        return 0 if hp.tied_head else region_bytes(self._gguf.tensors[hp.embedding], alignment)
 
     # ---- making ----
 
@@ -156,14 +183,20 @@ class Fleet:
         progress: Progress | None,
         exits: AsyncExitStack,
     ) -> tuple[Model, float]:
-        """The model, its tensors `names` being in the devices; and the rate of reading, GB/s."""
+        """The model, its tensors `names` being in the devices, but for an embedding that is held;
+        and the rate of reading, GB/s."""
         # Closed before the arena is.
         for device in self.devices:
             exits.callback(device.unpin)
-        weights = DeviceWeights(self._gguf, names, self._owner, arena, reader.alignment)
+        dense = [name for name in names if name in self._hp.dense_tensors]
+        weights = DeviceWeights(self._gguf, dense, self._owner, arena, reader.alignment)
         self._bounce = weights.bounce, weights.bounce_bytes
         await self.prepare(arena, reader, *self._bounce)
         rate = await weights.load(reader, reached, progress)
+        held = DenseWeights(self._gguf, set(names).difference(dense), arena, reader.alignment)
+        if self._hp.embedding in held:
+            await held.load(reader)
+            self.table = held.tensor(self._hp.embedding)
         for ops in self.ops:
             ops.reserve(**self._shapes)
         if not all(device.shares_memory for device in self.devices):

@@ -25,6 +25,7 @@ from typing import Any, Protocol, TypeVar
 import numpy.typing as npt
 
 from fomoe.kernels.ops import A, MoeCall, MoeSpec, Ops, Routing, Segment, W
+from fomoe.kernels.table import QuantType
 
 R = TypeVar("R")
 
@@ -104,6 +105,9 @@ class DeviceOps(Ops, Protocol):
     ) -> DeviceMoeCall:
         """As in Ops. Where the host put other arrays into routing.ids and routing.weights, those
         are computed; else the device's own, without waiting for the host."""
+
+    def reads(self, tensor_type: QuantType) -> bool:
+        """Whether there are kernels for matrices of the type, of embedding rows, too."""
 
     @property
     def reserve(self) -> Callable[..., None]:

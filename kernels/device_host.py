@@ -24,6 +24,7 @@ from fomoe.kernels.cpu import CpuOps
 from fomoe.kernels.cpu_arrays import CpuWeight, F32Array
 from fomoe.kernels.device import DEVICE_ALIGNMENT, DeviceOps, Event
 from fomoe.kernels.ops import MoeSpec, Routing, Segment
+from fomoe.kernels.table import QuantType
 
 R = TypeVar("R")
 Work = Callable[[], object]
@@ -185,6 +186,9 @@ class HostOps(CpuOps):
 
     def fixed_part(self, key: Hashable, segments: Sequence[Segment], launch: Callable[[], R]) -> R:
         return launch()
+
+    def reads(self, tensor_type: QuantType) -> bool:
+        return True
 
     def route(
         self, spec: MoeSpec, x: F32Array, norm: F32Array, eps: float, router: CpuWeight

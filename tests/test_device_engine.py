@@ -331,3 +331,13 @@ def test_copies_are_recorded(model, devices, tmp_path):
     with (tmp_path / "trace.json").open("w") as out:
         write_chrome_trace(summary, out)
     assert (tmp_path / "trace.json").read_text().count("copies to device") == 2
+
+
+def test_the_embedding_is_held_where_every_expert_is(model, expected):
+    async def main():
+        async with Engine.open(model, device="cpu,cpu", **OPTIONS) as engine:
+            assert engine.plan.holds_embedding
+            assert not engine.loaded.embedding.must_read([5])
+            return await text_of(engine)
+
+    assert run(main()) == expected

@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 from harness import nmse
-from toy import Toy, write_toy
+from toy import K_TOY, Toy, write_toy
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
@@ -117,3 +117,35 @@ def test_refused_pinning_is_one_line(model, cuda, monkeypatch, caplog):
 
     run(main())
     assert caplog.text.count("cannot be pinned for cuda:0 (") == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"gate_type": "Q2_K"},
+            "layer 0 has experts of type Q2_K, .* with --cpu-moe, use --device",
+        ),
+        (
+            {"dense_type": "Q3_K"},
+            r"blk.0.attn_qkv.weight is of type Q3_K, .* use --device cpu, or a file",
+        ),
+        ({"embed_type": "Q3_K"}, r"token_embd.weight is of type Q3_K, .* use --device cpu"),
+    ],
+)
+def test_types_without_a_kernel_are_refused_before_loading(cuda, tmp_path, changes, message):
+    path = write_toy(tmp_path / "toy.gguf", dataclasses.replace(K_TOY, layers=2, **changes))
+    told = []
+    with pytest.raises(fomoe.UnsupportedError, match=f"^{message}"):
+        run(opened(path, device="cuda:0", progress=lambda *done: told.append(done)))
+    assert not told
+
+
+async def opened(path, **options):
+    async with Engine.open(path, **OPTIONS, **options) as engine:
+        return engine.plan
+
+
+def test_experts_without_a_kernel_may_be_the_processors(cuda, tmp_path):
+    path = write_toy(tmp_path / "toy.gguf", dataclasses.replace(K_TOY, layers=1, gate_type="Q2_K"))
+    assert not run(opened(path, device="cuda:0", cpu_moe=True)).devices[0].num_slots

@@ -16,7 +16,7 @@ import pytest
 TARGETS = ("sm_80", "sm_90", "sm_120", "gfx1100", "gfx1200")
 KERNELS = (
     "matvec Q4_K", "gate_up Q4_K", "down Q6_K", "combine", "matmul Q6_K", "grouped gate_up Q4_K",
-    "grouped down Q6_K",
+    "grouped down Q6_K", "embed Q4_K",
 )  # fmt: skip
 LAYERS = (
     "prepare", "rows", "join rows", "tiles", "convolve a token", "convolve a tile", "delta steps",

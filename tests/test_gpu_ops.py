@@ -26,8 +26,9 @@ from op_cases import (
     normal,
     rng,
 )
+from test_quant import random_tensor
 
-from fomoe.kernels.table import F16, F32, Q8_0, QuantType
+from fomoe.kernels.table import F16, F32, Q8_0, QUANT_TYPES, QuantType
 
 MAX_TOKENS = 160
 
@@ -74,13 +75,22 @@ def test_linear_add(ops: GpuFace, tokens: int, type_: QuantType) -> None:
     assert nmse(out, want) < (EXACT if tokens == 1 or type_ is F32 else ROUNDED)
 
 
-def test_embed_and_vector(ops: GpuFace) -> None:
+def test_vector(ops: GpuFace) -> None:
     t = matrix(rng(), 37, 64, Q8_0)
-    want = REFERENCE.vector(t)
-    assert np.array_equal(ops.vector(t), want)
-    out = ops.buffer(37, 64)
-    ops.embed(t.type, t.data.reshape(37, -1), out)
-    assert np.array_equal(out, want)
+    assert np.array_equal(ops.vector(t), REFERENCE.vector(t))
+
+
+@pytest.mark.parametrize(
+    ("name", "cols"), [("Q8_0", 32), ("F16", 64), ("Q4_K", 512), ("Q6_K", 768)]
+)
+def test_embed(ops: GpuFace, name: str, cols: int) -> None:
+    """More chunks than lanes, fewer, and not a multiple of them."""
+    type_ = next(t for t in QUANT_TYPES.values() if t.name == name)
+    data = random_tensor(type_, 3, cols, rng()).reshape(3, -1)
+    out, want = ops.buffer(3, cols), REFERENCE.buffer(3, cols)
+    ops.embed(type_, data, out)
+    REFERENCE.embed(type_, data, want)
+    assert nmse(out, want) < EXACT
 
 
 # ---- experts ----

@@ -25,7 +25,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fomoe.kernels.gpu import matmul, matvec, moe
+from fomoe.kernels.gpu import embed, matmul, matvec, moe
 from fomoe.kernels.gpu.compile_layers import layer_kernels
 from fomoe.kernels.gpu.kernel import Kernel
 from fomoe.kernels.gpu.launch import OPTIONS, row_shape
@@ -65,7 +65,8 @@ def kernels(arch: str) -> list[Kernel]:
     made = [_matvec(name, HIDDEN, arch) for name in TYPES]
     made += [_gate_up("Q4_K", arch), _down("Q4_K", arch), _down("Q6_K", arch), _combine()]
     made += [_matmul(name) for name in ("Q4_K", "Q6_K", "F16")]
-    return [*made, _grouped_gate_up("Q4_K"), _grouped_down("Q6_K"), *layer_kernels()]
+    made += [_grouped_gate_up("Q4_K"), _grouped_down("Q6_K"), _embed("Q4_K")]
+    return [*made, *layer_kernels()]
 
 
 def _matvec(name: str, cols: int, arch: str) -> Kernel:
@@ -186,6 +187,17 @@ def _grouped_down(name: str) -> Kernel:
         stages=matmul.STAGES,
         wide=False,
     )  # fmt: skip
+
+
+def _embed(name: str) -> Kernel:
+    return Kernel(
+        name=f"embed {name}",
+        function=embed.embed_kernel,
+        arguments={"rows": "*u8", "out": "*fp32", "ld_out": "i32"},
+        constants={"TYPE": name, "COLS": HIDDEN, "LANES": embed.LANES},
+        warps=embed.WARPS,
+        wide=name in WIDE,
+    )
 
 
 def compile_kernel(kernel: Kernel, target: str) -> Compiled:

@@ -22,6 +22,7 @@ import torch
 from fomoe.kernels.device import StandInRule
 from fomoe.kernels.gpu.attention import AttentionScratch, attend
 from fomoe.kernels.gpu.delta import DeltaScratch, delta_net, solved_floats
+from fomoe.kernels.gpu.embed import embed
 from fomoe.kernels.gpu.matmul import matmul
 from fomoe.kernels.gpu.matvec import MAX_TOKENS as MATVEC_TOKENS
 from fomoe.kernels.gpu.matvec import matvec
@@ -32,7 +33,7 @@ from fomoe.kernels.gpu.routing import GpuRouting, Mailbox, StandIns, choose, to_
 from fomoe.kernels.gpu.scratch import Scratch, scratch_floats
 from fomoe.kernels.gpu.shared import SharedExpert
 from fomoe.kernels.gpu.steps import SHORT, Steps
-from fomoe.kernels.gpu.weights import GpuWeight, host_bytes, upload
+from fomoe.kernels.gpu.weights import SUPPORTED, GpuWeight, host_bytes, upload
 from fomoe.kernels.ops import (
     AttentionSpec,
     DeltaSpec,
@@ -154,6 +155,10 @@ class GpuOps(UnfusedMixers):
 
     # ---- weights and activations ----
 
+    def reads(self, tensor_type: QuantType) -> bool:
+        """As in DeviceOps."""
+        return tensor_type.name in SUPPORTED
+
     def weight(self, tensor: Tensor) -> GpuWeight:
         return upload(tensor, str(self.device))
 
@@ -167,9 +172,8 @@ class GpuOps(UnfusedMixers):
     # ---- operations ----
 
     def embed(self, tensor_type: QuantType, rows: npt.NDArray[np.uint8], out: Any) -> None:
-        """As in Ops. Rows come from the host: they are expanded there, which is a small part of
-        their way, and no type needs a kernel for it."""
-        out.copy_(to_device(dequantize(tensor_type, rows, out.shape), self.device))
+        """As in Ops. The rows come from the host as they are, and are expanded here."""
+        embed(tensor_type, to_device(rows, self.device), out)
 
     def linear(
         self,

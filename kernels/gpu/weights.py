@@ -13,13 +13,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fomoe.errors import UnsupportedError
 from fomoe.kernels.ops import Tensor
 from fomoe.kernels.table import QuantType
 
 # What a kernel may read at once; allocations of torch and slots of the expert tiers are aligned so.
 ALIGNMENT = 16
 
+# Those that the kernels read; no file gets as far as here with others.
 SUPPORTED = frozenset(
     (
         "F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K",
@@ -42,18 +42,10 @@ class GpuWeight:
         assert self.data.data_ptr() % ALIGNMENT == 0
 
 
-def require_supported(type_: QuantType, name: str) -> None:
-    """UnsupportedError where no kernel reads the type."""
-    if type_.name not in SUPPORTED:
-        raise UnsupportedError(
-            f"{name} is of type {type_.name}, which the GPU kernels do not read; use --device cpu"
-        )
-
-
 def upload(tensor: Tensor, device: str) -> GpuWeight:
     """A matrix on `device`: as it is where it lies there already (and is aligned), else copied, in
-    the caller's stream. UnsupportedError for other types."""
-    require_supported(tensor.type, tensor.name)
+    the caller's stream."""
+    assert tensor.type.name in SUPPORTED, tensor.name
     rows, cols = tensor.shape
     data = tensor.data.reshape(-1)
     if not isinstance(data, torch.Tensor):
