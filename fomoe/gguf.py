@@ -19,7 +19,8 @@ from typing import Final, TypeVar, overload
 import numpy as np
 
 from fomoe.errors import FormatError
-from fomoe.gguf_header import ArrayRef, Header, TensorInfo, Value, read_header
+from fomoe.gguf_arrays import ArrayRef
+from fomoe.gguf_header import Header, TensorInfo, Value, read_header
 
 __all__ = ["REQUIRED", "ArrayRef", "ByteRange", "ExpertTensors", "GgufFile", "TensorInfo"]
 

@@ -14,11 +14,10 @@ from itertools import pairwise
 from math import prod
 from pathlib import Path
 
-import numpy as np
-
 from fomoe.errors import FormatError, UnsupportedError
+from fomoe.gguf_arrays import DTYPES, STRING, ArrayRef
 from fomoe.kernels.table import QUANT_TYPES, QuantType
-from fomoe.native import check, ffi, lib
+from fomoe.native import ffi, lib
 
 # Far above any real header (a vocabulary of 248,320 with its merges is 11 MB), low enough that a
 # hostile one can take neither much memory nor much time.
@@ -30,15 +29,8 @@ MAX_STRING_BYTES = 16 << 20
 DEFAULT_ALIGNMENT = 32
 _WINDOW = 1 << 20
 
-_STRING, _ARRAY = 8, 9
-_SCALARS = {
-    0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?",
-    10: "<u8", 11: "<i8", 12: "<f8",
-}  # fmt: skip
-_DTYPES: dict[int, np.dtype[np.generic]] = {id_: np.dtype(code) for id_, code in _SCALARS.items()}
-_STRUCTS = {
-    id_: struct.Struct("<" + code) for id_, code in zip(_SCALARS, "BbHhIif?Qqd", strict=True)
-}
+_ARRAY = 9
+_STRUCTS = {id_: struct.Struct("<" + code) for id_, code in zip(DTYPES, "BbHhIif?Qqd", strict=True)}
 _U32, _U64, _I32 = struct.Struct("<I"), struct.Struct("<Q"), struct.Struct("<i")
 
 # Types of ggml that fomoe cannot compute yet: named, so that the refusal says what the file holds.
@@ -59,34 +51,6 @@ class TensorInfo:
     shard: int
     offset: int  # in that shard's file, from its first byte
     nbytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class ArrayRef:
-    """An array of the metadata, skipped: `count` elements in `nbytes` bytes at `offset`."""
-
-    path: Path
-    key: str
-    element: int  # GGUF's type id of the elements
-    count: int
-    offset: int
-    nbytes: int
-
-    def __len__(self) -> int:
-        return self.count
-
-    def read(self) -> list[str] | np.ndarray:
-        """The elements, from the file: strings as a list, numbers and bools as an array [count]."""
-        with open(self.path, "rb", buffering=0) as file:
-            data = os.pread(file.fileno(), self.nbytes, self.offset)
-        if len(data) != self.nbytes:
-            raise FormatError(f"{self.path}: array {self.key}: the file has shrunk since opened")
-        if self.element != _STRING:
-            return np.frombuffer(data, _DTYPES[self.element])
-        try:
-            return _split_strings(data, self.count)
-        except (UnicodeDecodeError, OSError) as error:
-            raise FormatError(f"{self.path}: array {self.key}: bad string: {error}") from None
 
 
 Scalar = bool | int | float | str
@@ -162,7 +126,7 @@ class _Parser:
         return num_tensors, num_keys
 
     def _value(self, key: str, kind: int) -> Value:
-        if kind == _STRING:
+        if kind == STRING:
             # Not strict: a badly encoded author's name must not make a model unusable.
             return self._string(f"the value of {key}", MAX_STRING_BYTES).decode(errors="replace")
         if kind == _ARRAY:
@@ -177,12 +141,12 @@ class _Parser:
         start = self._offset
         if element == _ARRAY:
             raise UnsupportedError(f"{self._path}: key {key}: an array of arrays")
-        if element != _STRING and element not in _DTYPES:
+        if element != STRING and element not in DTYPES:
             raise self._error(f"key {key}: unknown element type {element}")
-        smallest = 8 if element == _STRING else _DTYPES[element].itemsize
+        smallest = 8 if element == STRING else DTYPES[element].itemsize
         if count * smallest > min(self._size, MAX_HEADER_BYTES) - start:
             raise self._error(f"key {key}: absurd or truncated array of {count} elements")
-        if element == _STRING:
+        if element == STRING:
             self._skip_strings(count)
         else:
             self._pos += count * smallest
@@ -288,29 +252,3 @@ class _Parser:
 
     def _error(self, reason: str) -> FormatError:
         return FormatError(f"{self._path}: {reason} (at byte {self._offset} of the header)")
-
-
-_SEPARATOR = "\x00"
-
-
-def _split_strings(data: bytes, count: int) -> list[str]:
-    """The `count` strings that fill `data`, each behind its length. Raises OSError, UnicodeError.
-
-    Decoded as one text and split: four times as fast as one by one.
-    """
-    joined = bytearray(len(data))
-    source = ffi.from_buffer("uint8_t[]", data)
-    target = ffi.from_buffer("uint8_t[]", joined, require_writable=True)
-    size = lib.fomoe_strings_join(source, len(data), count, ord(_SEPARATOR), target)
-    check(min(size, 0), "lengths that do not add up")
-    strings = str(memoryview(joined)[:size], "utf-8").split(_SEPARATOR)
-    strings.pop()  # behind the last separator there is nothing
-    if len(strings) == count:
-        return strings
-    # A string holds the separator itself, which no text tokenizer has.
-    pos, out = 0, []
-    for _ in range(count):
-        end = pos + 8 + _U64.unpack_from(data, pos)[0]
-        out.append(data[pos + 8 : end].decode())
-        pos = end
-    return out
