@@ -18,6 +18,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fomoe.kernels.gpu.words import (
+    from_half,
+    halves,
+    join4,
+    load2,
+    load4,
+    load4_unaligned,
+    load_u16,
+    shift4,
+)
 from fomoe.kernels.table import QUANT_TYPES
 
 _TYPES = {t.name: t for t in QUANT_TYPES.values()}
@@ -69,68 +79,6 @@ def block_chunks(type_name):
     return {256: 8, 32: 2 if type_name == "Q8_0" else 1, 1: 1}[_TYPES[type_name].block_size]
 
 
-# ---- bytes ----
-
-
-@triton.jit
-def _split4(x):
-    """[R, C, 4] as four [R, C]; no data moves."""
-    even, odd = tl.split(x.reshape(x.shape[0], x.shape[1], 2, 2))
-    x0, x2 = tl.split(even)
-    x1, x3 = tl.split(odd)
-    return x0, x1, x2, x3
-
-
-@triton.jit
-def _load4(p):
-    """Four words at 16-byte aligned p [R, C]."""
-    words = p.to(tl.pointer_type(tl.uint32))[:, :, None] + tl.arange(0, 4)[None, None, :]
-    return _split4(tl.load(words))
-
-
-@triton.jit
-def _load2(p):
-    """Two words at 8-byte aligned p [R, C]."""
-    words = p.to(tl.pointer_type(tl.uint32))[:, :, None] + tl.arange(0, 2)[None, None, :]
-    return tl.split(tl.load(words))
-
-
-@triton.jit
-def _funnel(low, high, shift):
-    return (((high.to(tl.uint64) << 32) | low.to(tl.uint64)) >> shift.to(tl.uint64)).to(tl.uint32)
-
-
-@triton.jit
-def _load4_unaligned(p):
-    """Four words at p [R, C] of any alignment, from five aligned ones: those that they lie in."""
-    address = p.to(tl.int64, bitcast=True)
-    words = (address & -4).to(tl.pointer_type(tl.uint32), bitcast=True)
-    last = ((address + 15) & -4).to(tl.pointer_type(tl.uint32), bitcast=True)
-    shift = (address & 3) * 8
-    w0 = tl.load(words)
-    w1 = tl.load(words + 1)
-    w2 = tl.load(words + 2)
-    w3 = tl.load(words + 3)
-    w4 = tl.load(last)
-    return (
-        _funnel(w0, w1, shift),
-        _funnel(w1, w2, shift),
-        _funnel(w2, w3, shift),
-        _funnel(w3, w4, shift),
-    )
-
-
-@triton.jit
-def _u16(p):
-    return tl.load(p.to(tl.pointer_type(tl.uint16))).to(tl.uint32)
-
-
-@triton.jit
-def _half(bits):
-    """The float32 of the low 16 bits, read as float16."""
-    return bits.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
-
-
 # ---- chunks: the words of codes, more bits of them, factors of value = a * u + b ----
 
 
@@ -145,35 +93,29 @@ def load_chunk(row, chunk, TYPE: tl.constexpr):
     p = row + (chunk // PER) * block_bytes(TYPE)
     part = chunk % PER
     if TYPE == "Q4_K":
-        words = _load4(p + 16 + part * 16)
+        words = load4(p + 16 + part * 16)
         low, high = _k_factors(p, part // 2, 4)
         return words, words, low, high
     elif TYPE == "Q5_K":
-        words = _load4(p + 48 + part * 16)
+        words = load4(p + 48 + part * 16)
         low, high = _k_factors(p, part // 2, 5)
-        fifth = _load4(p + 16 + (part % 2) * 16)
+        fifth = load4(p + 16 + (part % 2) * 16)
         shift = (part // 2 * 2).to(tl.uint32)
-        return words, _shift4(fifth, shift), low, high
+        return words, shift4(fifth, shift), low, high
     elif TYPE == "Q6_K":
         return _q6_k(p, part)
     elif TYPE == "IQ4_XS":
         return _iq4_xs(p, part)
     elif TYPE == "Q8_0":
-        words = _load4_unaligned(p + 2 + part * 16)
-        low = _half(_u16(p)) * 256, _half(_u16(p)) * 0
+        words = load4_unaligned(p + 2 + part * 16)
+        low = from_half(load_u16(p)) * 256, from_half(load_u16(p)) * 0
         return words, words, low, low
     elif TYPE == "F32" or TYPE == "F16" or TYPE == "BF16":
-        words = _load4(p)
+        words = load4(p)
         one = tl.full([1, 1], 1.0, tl.float32), tl.full([1, 1], 0.0, tl.float32)
         return words, words, one, one
     else:
         return _block_of_32(p, TYPE)
-
-
-@triton.jit
-def _shift4(words, shift):
-    w0, w1, w2, w3 = words
-    return w0 >> shift, w1 >> shift, w2 >> shift, w3 >> shift
 
 
 @triton.jit
@@ -187,7 +129,7 @@ def _factors(scale, minimum, BITS: tl.constexpr):
 def _k_factors(p, pair, BITS: tl.constexpr):
     """Of sub-blocks 2 * pair (low nibbles) and 2 * pair + 1 of Q4_K and Q5_K, whose eight scales
     and minima of 6 bits lie in 12 bytes."""
-    both, s0, s1, s2 = _load4(p)
+    both, s0, s1, s2 = load4(p)
     shift = ((pair & 1) * 16).to(tl.uint32)
     t0 = s0 >> shift
     t1 = s1 >> shift
@@ -196,8 +138,8 @@ def _k_factors(p, pair, BITS: tl.constexpr):
     # Two bytes at once: those of the low and of the high nibbles.
     scales = tl.where(first, t0 & 0x3F3F, (t2 & 0x0F0F) | ((t0 >> 2) & 0x3030))
     minima = tl.where(first, t1 & 0x3F3F, ((t2 >> 4) & 0x0F0F) | ((t1 >> 2) & 0x3030))
-    d = _half(both)
-    d_min = _half(both >> 16)
+    d = from_half(both)
+    d_min = from_half(both >> 16)
     low = _factors(d * (scales & 255).to(tl.float32), d_min * (minima & 255).to(tl.float32), BITS)
     high = _factors(
         d * (scales >> 8 & 255).to(tl.float32), d_min * (minima >> 8 & 255).to(tl.float32), BITS
@@ -210,15 +152,15 @@ def _q6_k(p, part):
     """Part 4 h + 2 q + l: columns 128 h + 32 q + 16 l and those 64 further."""
     half = part // 4
     quarter = part // 2 % 2
-    words = _load4_unaligned(p + part * 16)
-    upper = _load4_unaligned(p + 128 + half * 32 + (part % 2) * 16)
-    d = _half(_u16(p + 208))
+    words = load4_unaligned(p + part * 16)
+    upper = load4_unaligned(p + 128 + half * 32 + (part % 2) * 16)
+    d = from_half(load_u16(p + 208))
     scales = p + 192 + half * 8 + part % 4
     low = tl.load(scales.to(tl.pointer_type(tl.int8))).to(tl.float32) * d
     high = tl.load(scales.to(tl.pointer_type(tl.int8)) + 4).to(tl.float32) * d
     return (
         words,
-        _shift4(upper, (quarter * 2).to(tl.uint32)),
+        shift4(upper, (quarter * 2).to(tl.uint32)),
         (low * 64, low * 0),
         (high * 64, high * 0),
     )
@@ -226,12 +168,12 @@ def _q6_k(p, part):
 
 @triton.jit
 def _iq4_xs(p, part):
-    first, low4 = _load2(p)
-    w0, w1 = _load2(p + 8 + part * 16)
-    w2, w3 = _load2(p + 16 + part * 16)
+    first, low4 = load2(p)
+    w0, w1 = load2(p + 8 + part * 16)
+    w2, w3 = load2(p + 16 + part * 16)
     low = (low4 >> (part * 4).to(tl.uint32)) & 15
     high = (first >> (16 + part * 2).to(tl.uint32)) & 3
-    scale = _half(first) * ((low | (high << 4)).to(tl.float32) - 32)
+    scale = from_half(first) * ((low | (high << 4)).to(tl.float32) - 32)
     both = scale * 256, scale * 0
     words = w0, w1, w2, w3
     return words, words, both, both
@@ -243,34 +185,34 @@ def _block_of_32(p, TYPE: tl.constexpr):
     if TYPE == "MXFP4":
         e = tl.load(p).to(tl.uint32)
         bits = tl.where(e < 2, 0x00200000 << (e & 1), (e - 1) << 23)
-        words = _load4_unaligned(p + 1)
+        words = load4_unaligned(p + 1)
         both = bits.to(tl.float32, bitcast=True) * 256, tl.zeros_like(e).to(tl.float32)
         return words, words, both, both
     elif TYPE == "IQ4_NL":
-        words = _load4_unaligned(p + 2)
-        scale = _half(_u16(p))
+        words = load4_unaligned(p + 2)
+        scale = from_half(load_u16(p))
         both = scale * 256, scale * 0
         return words, words, both, both
     elif TYPE == "Q4_0":
-        words = _load4_unaligned(p + 2)
-        scale = _half(_u16(p))
+        words = load4_unaligned(p + 2)
+        scale = from_half(load_u16(p))
         both = _factors(scale, scale * 8, 4)
         return words, words, both, both
     elif TYPE == "Q4_1":
-        words = _load4_unaligned(p + 4)
-        scale = _half(_u16(p))
-        both = _factors(scale, -_half(_u16(p + 2)), 4)
+        words = load4_unaligned(p + 4)
+        scale = from_half(load_u16(p))
+        both = _factors(scale, -from_half(load_u16(p + 2)), 4)
         return words, words, both, both
     elif TYPE == "Q5_0":
-        words = _load4_unaligned(p + 6)
-        scale = _half(_u16(p))
+        words = load4_unaligned(p + 6)
+        scale = from_half(load_u16(p))
         both = _factors(scale, scale * 16, 5)
         return words, _spread_fifths(p + 2), both, both
     else:
         tl.static_assert(TYPE == "Q5_1", "no kernel reads this type")
-        words = _load4_unaligned(p + 8)
-        scale = _half(_u16(p))
-        both = _factors(scale, -_half(_u16(p + 2)), 5)
+        words = load4_unaligned(p + 8)
+        scale = from_half(load_u16(p))
+        both = _factors(scale, -from_half(load_u16(p + 2)), 5)
         return words, _spread_fifths(p + 4), both, both
 
 
@@ -278,7 +220,7 @@ def _block_of_32(p, TYPE: tl.constexpr):
 def _spread_fifths(qh):
     """32 fifth bits, in order of the columns, where those of Q5_K lie: bit 8 k of word i is that of
     low column 4 i + k, bit 8 k + 1 that of the high one."""
-    bits = _u16(qh) | (_u16(qh + 2) << 16)
+    bits = load_u16(qh) | (load_u16(qh + 2) << 16)
     return _spread(bits), _spread(bits >> 4), _spread(bits >> 8), _spread(bits >> 12)
 
 
@@ -308,11 +250,11 @@ def quad_col(chunk, TYPE: tl.constexpr, I: tl.constexpr, HIGH: tl.constexpr):  #
 def quad(words, more, TYPE: tl.constexpr, I: tl.constexpr, HIGH: tl.constexpr):  # noqa: E741
     """Units of quad I of a half, float32 [R, C, 4]."""
     if TYPE == "F32":
-        return _join4(words[0], words[1], words[2], words[3]).to(tl.float32, bitcast=True)
+        return join4(words[0], words[1], words[2], words[3]).to(tl.float32, bitcast=True)
     elif TYPE == "F16":
-        return _halves(words[2 * I], words[2 * I + 1]).to(tl.float16, bitcast=True).to(tl.float32)
+        return halves(words[2 * I], words[2 * I + 1]).to(tl.float16, bitcast=True).to(tl.float32)
     elif TYPE == "BF16":
-        return _halves(words[2 * I], words[2 * I + 1]).to(tl.bfloat16, bitcast=True).to(tl.float32)
+        return halves(words[2 * I], words[2 * I + 1]).to(tl.bfloat16, bitcast=True).to(tl.float32)
     else:
         shift = (tl.arange(0, 4) * 8).to(tl.uint32)[None, None, :]
         byte = words[I][:, :, None] >> shift
@@ -350,16 +292,3 @@ def _look_up(code, W0: tl.constexpr, W1: tl.constexpr, W2: tl.constexpr, W3: tl.
         tl.where((code & 4) != 0, W1, W0),
     ).to(tl.uint32)
     return (words >> ((code & 3) * 8)) & 255
-
-
-@triton.jit
-def _join4(x0, x1, x2, x3):
-    """Four [R, C] as [R, C, 4]; no data moves."""
-    joined = tl.join(tl.join(x0, x2), tl.join(x1, x3))
-    return joined.reshape(x0.shape[0], x0.shape[1], 4)
-
-
-@triton.jit
-def _halves(first, second):
-    """The 16-bit halves of two words, low ones first: uint16 [R, C, 4]."""
-    return _join4(first, first >> 16, second, second >> 16).to(tl.uint16)
