@@ -9,14 +9,13 @@
 #if defined(__x86_64__)
 #include "tile_amx.h"
 #include "tile_256.h"
-#include "tile_avx512_256.h"
 
 /* The codes of a block times their scales, 16 bits each, as two bytes: 256 * high + low. */
 typedef struct {
     __m512i low[64], high[64];
 } split256;
 
-TILE_INLINE void split_products(const tile256 *w, int sub, split256 *out)
+TILE_INLINE void split_products(const tile_block *w, int sub, split256 *out)
 {
     __m512i even_bytes = _mm512_set1_epi16(0x00ff);
     for (int j = 0; j < 256 / sub; j++) {
@@ -57,8 +56,8 @@ TILE_INLINE void multiply_split(const split256 *w, const int8_t *q, size_t strid
     _tile_stored(3, sums[3], 64);
 }
 
-TILE_INLINE void multiply_tokens(const tile256 *w, tile_kind kind, const fomoe_act256 *a, int tokens, int b,
-                                 __m512 *acc)
+TILE_INLINE void multiply_tokens(const tile_block *w, tile_kind kind, const block_act *a, int tokens, int b,
+                                 vecf *acc)
 {
     __m512i sums[4][AMX_TOKENS];
     split256 split;

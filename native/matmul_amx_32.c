@@ -5,10 +5,9 @@
 #if defined(__x86_64__)
 #include "tile_amx.h"
 #include "tile_32.h"
-#include "tile_avx512_32.h"
 
-TILE_INLINE void multiply_tokens(const tile32 *w, tile_kind kind, const fomoe_act32 *a, int tokens, int b,
-                                 __m512 *acc)
+TILE_INLINE void multiply_tokens(const tile_block *w, tile_kind kind, const block_act *a, int tokens, int b,
+                                 vecf *acc)
 {
     __m512i sums[AMX_TOKENS];
     size_t stride = (size_t)(a[1].q - a[0].q);

@@ -10,6 +10,12 @@ typedef struct {
     uint32_t *d;
 } row_tile;
 
+/* The same four dwords in every lane. */
+TILE_INLINE vec v_lane32(uint32_t a, uint32_t b, uint32_t c, uint32_t d)
+{
+    return v_broadcast128(_mm_setr_epi32((int)a, (int)b, (int)c, (int)d));
+}
+
 /* Fetches what lies ahead, in `slots` equal parts for a group of `bytes`: far ahead into the L2 cache, nearer into L1
  * (Q4_K on AVX-512 from memory: 92 % of a plain read's rate; the nearer alone 75 to 84 %, none 60 %). `total` is
  * what is being summed: it ties the instructions to their places, for the compiler would issue them all at once, and a

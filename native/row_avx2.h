@@ -13,9 +13,6 @@ enum { VEC_BYTES = 32, VEC_LANES = 2 }; /* lanes of 16 bytes */
 #define ROW_REST_256 fomoe_rows_avx2_256
 #define ROW_REST_32 fomoe_rows_avx2_32
 
-#define v_zero _mm256_setzero_si256
-#define v_add _mm256_add_epi32
-#define v_madd _mm256_madd_epi16
 #define v_srli16 _mm256_srli_epi16
 #define v_slli16 _mm256_slli_epi16
 #define v_sub16 _mm256_sub_epi16
@@ -24,17 +21,6 @@ enum { VEC_BYTES = 32, VEC_LANES = 2 }; /* lanes of 16 bytes */
 #define v_low_bytes _mm256_unpacklo_epi8
 #define v_high_bytes _mm256_unpackhi_epi8
 #define v_store(p, v) _mm256_storeu_si256((__m256i *)(p), v)
-#define v_to_float _mm256_cvtepi32_ps
-#define vf_set1 _mm256_set1_ps
-#define vf_mul _mm256_mul_ps
-#define vf_fma _mm256_fmadd_ps
-#define vf_fnma _mm256_fnmadd_ps
-
-/* The same four dwords in every lane. */
-TILE_INLINE vec v_lane32(uint32_t a, uint32_t b, uint32_t c, uint32_t d)
-{
-    return v_broadcast128(_mm_setr_epi32((int)a, (int)b, (int)c, (int)d));
-}
 
 /* 16 bytes at `offset` of rows p[0] .. p[VEC_LANES - 1], a lane each. */
 TILE_INLINE vec v_load_lanes(const uint8_t *const *p, size_t offset)

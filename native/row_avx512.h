@@ -13,9 +13,6 @@ enum { VEC_BYTES = 64, VEC_LANES = 4 }; /* lanes of 16 bytes */
 #define ROW_REST_256 fomoe_rows_avx512_256
 #define ROW_REST_32 fomoe_rows_avx512_32
 
-#define v_zero _mm512_setzero_si512
-#define v_add _mm512_add_epi32
-#define v_madd _mm512_madd_epi16
 #define v_srli16 _mm512_srli_epi16
 #define v_slli16 _mm512_slli_epi16
 #define v_sub16 _mm512_sub_epi16
@@ -24,17 +21,6 @@ enum { VEC_BYTES = 64, VEC_LANES = 4 }; /* lanes of 16 bytes */
 #define v_low_bytes _mm512_unpacklo_epi8
 #define v_high_bytes _mm512_unpackhi_epi8
 #define v_store(p, v) _mm512_storeu_si512(p, v)
-#define v_to_float _mm512_cvtepi32_ps
-#define vf_set1 _mm512_set1_ps
-#define vf_mul _mm512_mul_ps
-#define vf_fma _mm512_fmadd_ps
-#define vf_fnma _mm512_fnmadd_ps
-
-/* The same four dwords in every lane. */
-TILE_INLINE vec v_lane32(uint32_t a, uint32_t b, uint32_t c, uint32_t d)
-{
-    return v_broadcast128(_mm_setr_epi32((int)a, (int)b, (int)c, (int)d));
-}
 
 /* 16 bytes at `offset` of rows p[0] .. p[VEC_LANES - 1], a lane each. */
 TILE_INLINE vec v_load_lanes(const uint8_t *const *p, size_t offset)

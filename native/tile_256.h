@@ -1,8 +1,12 @@
 /* Types with blocks of 256 as tiles: included once by each ISA, after its tile_ISA.h.
  *
- * Owns: how each type's packed codes become a tile, and the walk over blocks and tokens. Does not know:
- * the ISA; its vectors are `vec`, and it brings multiply_tokens.
+ * Owns: how each type's packed codes become a tile, and its integer sums floats, in the order of
+ * matmul_kernels.h. Does not know: the ISA; its vectors are `vec`, and it brings multiply_tokens.
  */
+enum { BLOCK_COLS = 256, BLOCK_FORMAT = FOMOE_FORMAT_256 };
+typedef fomoe_act256 block_act;
+#define block_act_at fomoe_act256_at
+
 /* A block of TILE_ROWS rows. The integer sum of a block is
  *   I = (sum over sub-blocks of scale * (sum of code * q)) >> shift - correction * M,
  *   M = sum of pair * (sums of q);
@@ -12,7 +16,7 @@ typedef struct {
     vec scale[16];
     vec pair[8];        /* minima, or scales: words of sub-blocks 2i, 2i + 1 */
     vecf d, dmin;
-} tile256;
+} tile_block;
 
 /* What differs between types when a tile is multiplied; constants wherever it is used. */
 typedef struct {
@@ -24,44 +28,26 @@ typedef struct {
     int correction_bits;    /* I -= M << that; 0: M is a minimum */
 } tile_kind;
 
-/* acc[t] += block b of the rows times tokens a[0] .. a[tokens - 1]; the ISA's. */
-TILE_INLINE void multiply_tokens(const tile256 *w, tile_kind kind, const fomoe_act256 *a, int tokens, int b,
-                                 vecf *acc);
-
-typedef void (*unpack_fn)(const tile_rows *t, size_t offset, tile256 *out);
-
-TILE_INLINE void rows_of_kind(const fomoe_matrix *w, const fomoe_act *act, const int32_t *rows, int num_rows,
-                                int row_begin, int row_end, float *y, int64_t ldy, tile_kind kind,
-                                int block_bytes, unpack_fn unpack)
+/* acc + a token's block, `total` being its sums of scale * code * q. */
+TILE_INLINE vecf multiply_block(const tile_block *w, tile_kind kind, const block_act *a, int b, vec total,
+                                vecf acc)
 {
-    fomoe_act256 a[TILE_TOKENS];
-    vecf acc[TILE_TOKENS];
-    /* Rows of equal distance, 16 at a time; the distance is no power of two. */
-    size_t stride = TILE_GATHERS ? fomoe_pad64(act->cols) + 64 : 0;
-    int8_t gathered[TILE_GATHERS ? TILE_TOKENS * stride : 1] __attribute__((aligned(64)));
-    tile256 tile;
-    for (int t0 = 0; t0 < num_rows; t0 += TILE_TOKENS) {
-        int tokens = num_rows - t0 < TILE_TOKENS ? num_rows - t0 : TILE_TOKENS;
-        for (int t = 0; t < tokens; t++)
-            a[t] = fomoe_act256_at(act->forms[FOMOE_FORMAT_256], rows ? rows[t0 + t] : t0 + t, act->cols);
-        for (int t = 0; TILE_GATHERS && t < TILE_TOKENS; t++) {
-            if (t < tokens)
-                memcpy(gathered + t * stride, a[t].q, act->cols);
-            a[t].q = gathered + t * stride;
-        }
-        for (int r = row_begin; r < row_end; r += TILE_ROWS) {
-            tile_rows tr = tile_rows_at(w, r, row_end);
-            for (int t = 0; t < tokens; t++)
-                acc[t] = vf_zero();
-            for (int b = 0; b < w->cols / 256; b++) {
-                unpack(&tr, (size_t)b * block_bytes, &tile);
-                multiply_tokens(&tile, kind, a, tokens, b, acc);
-            }
-            for (int t = 0; t < tokens; t++)
-                tile_store(y + (t0 + t) * ldy + r, tr.n, acc[t]);
-        }
-    }
+    vecf da = vf_set1(a->d[b]);
+    vec m = v_zero();
+    const int16_t *sums = kind.pairs == 8 ? a->sum16 + 16 * b : a->sum32 + 8 * b;
+    for (int i = 0; i < kind.pairs; i++)
+        m = v_add_madd(m, w->pair[i], broadcast4(sums + 2 * i));
+    if (kind.shift)
+        total = v_srai(total, kind.shift);
+    if (kind.pairs && kind.correction_bits)
+        total = v_sub(total, v_slli(m, kind.correction_bits));
+    acc = vf_fma(v_to_float(total), vf_mul(w->d, da), acc);
+    if (kind.pairs && !kind.correction_bits)
+        acc = vf_fnma(v_to_float(m), vf_mul(w->dmin, da), acc);
+    return acc;
 }
+
+#include "tile_walk.h"
 
 /* vpshufb control that treats every dword alike: `pattern` is for the first of the four of a lane. */
 TILE_INLINE vec shuffle_in_dwords(uint32_t pattern)
@@ -96,7 +82,7 @@ TILE_INLINE vec signed_scale_lanes(vec v, int k)
 }
 
 /* d, dmin, and the 6-bit scales and minima of Q4_K and Q5_K: the block's first 16 bytes. */
-TILE_INLINE void unpack_q4k_header(const tile_rows *t, size_t offset, tile256 *out, int even_shift)
+TILE_INLINE void unpack_q4k_header(const tile_rows *t, size_t offset, tile_block *out, int even_shift)
 {
     vec h[4], low4 = v_set32(0x0f0f0f0f), low6 = v_set32(0x3f3f3f3f);
     vec high2 = v_set32(0x30303030);
@@ -125,7 +111,7 @@ TILE_INLINE void unpack_q4k_header(const tile_rows *t, size_t offset, tile256 *o
  * scales of the even sub-blocks are made so. */
 enum { NIBBLES_IN_PLACE = WIDE_SUMS && !SCALE_TWICE };
 
-TILE_INLINE void unpack_q4_k(const tile_rows *t, size_t offset, tile256 *out)
+TILE_INLINE void unpack_q4_k(const tile_rows *t, size_t offset, tile_block *out)
 {
     vec low = v_set8(0x0f), high = v_set8((char)0xf0);
     unpack_q4k_header(t, offset, out, NIBBLES_IN_PLACE ? 4 : 0);
@@ -141,7 +127,7 @@ TILE_INLINE void unpack_q4_k(const tile_rows *t, size_t offset, tile256 *out)
 }
 
 /* Codes have five bits: they are shifted down before the fifth is put on top. */
-TILE_INLINE void unpack_q5_k(const tile_rows *t, size_t offset, tile256 *out)
+TILE_INLINE void unpack_q5_k(const tile_rows *t, size_t offset, tile_block *out)
 {
     vec low = v_set8(0x0f), fifth = v_set8(0x10), high[2][4];
     unpack_q4k_header(t, offset, out, 0);
@@ -163,7 +149,7 @@ TILE_INLINE void unpack_q5_k(const tile_rows *t, size_t offset, tile256 *out)
 }
 
 /* Codes are 32 too large. */
-TILE_INLINE void unpack_q6_k(const tile_rows *t, size_t offset, tile256 *out)
+TILE_INLINE void unpack_q6_k(const tile_rows *t, size_t offset, tile_block *out)
 {
     vec low = v_set8(0x0f), high = v_set8(0x30), s[4], last[4];
     load_lanes(t, offset + 192, s);
@@ -190,7 +176,7 @@ TILE_INLINE void unpack_q6_k(const tile_rows *t, size_t offset, tile256 *out)
     }
 }
 
-TILE_INLINE void unpack_q2_k(const tile_rows *t, size_t offset, tile256 *out)
+TILE_INLINE void unpack_q2_k(const tile_rows *t, size_t offset, tile_block *out)
 {
     vec low = v_set8(0x0f), two = v_set8(3), s[4], last[4];
     load_lanes(t, offset, s);
@@ -216,7 +202,7 @@ TILE_INLINE void unpack_q2_k(const tile_rows *t, size_t offset, tile256 *out)
 }
 
 /* Codes are 4 too large. */
-TILE_INLINE void unpack_q3_k(const tile_rows *t, size_t offset, tile256 *out)
+TILE_INLINE void unpack_q3_k(const tile_rows *t, size_t offset, tile_block *out)
 {
     vec low = v_set8(0x0f), two = v_set8(3), third = v_set8(4);
     vec s[4], last[4], high[2][4];
@@ -254,7 +240,7 @@ TILE_INLINE void unpack_q3_k(const tile_rows *t, size_t offset, tile256 *out)
 }
 
 /* Codes are looked up 128 too large where they must be unsigned. */
-TILE_INLINE void unpack_iq4_xs(const tile_rows *t, size_t offset, tile256 *out)
+TILE_INLINE void unpack_iq4_xs(const tile_rows *t, size_t offset, tile_block *out)
 {
     vec low = v_set8(0x0f), h[4];
     vec values = v_broadcast128(_mm_loadu_si128((const void *)fomoe_iq4_values));
@@ -291,20 +277,12 @@ static const tile_kind kind_iq4_xs = {
     .sub = 32, .chain = 1, .pairs = WIDE_SUMS ? 4 : 0, .correction_bits = 7, .signed_codes = !WIDE_SUMS,
 };
 
-#define ROWS_256(name)                                                                              \
-    static TILE_TARGET void rows_##name(const fomoe_matrix *w, const fomoe_act *act, const int32_t *rows, \
-                                          int num_rows, int row_begin, int row_end, float *y, int64_t ldy) \
-    {                                                                                                      \
-        rows_of_kind(w, act, rows, num_rows, row_begin, row_end, y, ldy, kind_##name,                      \
-                     sizeof(fomoe_##name), unpack_##name);                                                 \
-    }
-
-ROWS_256(q2_k)
-ROWS_256(q3_k)
-ROWS_256(q4_k)
-ROWS_256(q5_k)
-ROWS_256(q6_k)
-ROWS_256(iq4_xs)
+TILE_ROWS_OF(q2_k)
+TILE_ROWS_OF(q3_k)
+TILE_ROWS_OF(q4_k)
+TILE_ROWS_OF(q5_k)
+TILE_ROWS_OF(q6_k)
+TILE_ROWS_OF(iq4_xs)
 
 static fomoe_rows_fn rows_of_type(int type)
 {

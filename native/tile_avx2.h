@@ -30,6 +30,10 @@ enum {
 typedef __m256i vec;
 typedef __m256 vecf;
 
+#define v_zero _mm256_setzero_si256
+#define v_add _mm256_add_epi32
+#define v_madd _mm256_madd_epi16
+#define v_to_float _mm256_cvtepi32_ps
 #define v_and _mm256_and_si256
 #define v_or _mm256_or_si256
 #define v_xor _mm256_xor_si256
@@ -47,28 +51,17 @@ typedef __m256 vecf;
 #define v_broadcast128 _mm256_broadcastsi128_si256
 #define vf_load _mm256_loadu_ps
 #define vf_zero _mm256_setzero_ps
+#define vf_set1 _mm256_set1_ps
+#define vf_mul _mm256_mul_ps
+#define vf_fma _mm256_fmadd_ps
+#define vf_fnma _mm256_fnmadd_ps
+#define vf_load_halves(p) _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(p)))
+/* sum + the products of words, added in pairs */
+#define v_add_madd(sum, a, b) _mm256_add_epi32(sum, _mm256_madd_epi16(a, b))
 /* (a & mask) | b */
 #define v_and_or(a, mask, b) _mm256_or_si256(_mm256_and_si256(a, mask), b)
 /* even words of a, odd words of b */
 #define v_odd_words(a, b) _mm256_blend_epi16(a, b, 0xaa)
-
-/* The rows of a tile; rows past the end repeat the last, their results are not stored. */
-typedef struct {
-    const uint8_t *row[TILE_ROWS];
-    int n;
-    const char *next;       /* where the tile after this one begins */
-} tile_rows;
-
-TILE_INLINE tile_rows tile_rows_at(const fomoe_matrix *w, int row_begin, int row_end)
-{
-    tile_rows t;
-    int n = row_end - row_begin < TILE_ROWS ? row_end - row_begin : TILE_ROWS;
-    for (int i = 0; i < TILE_ROWS; i++)
-        t.row[i] = (const uint8_t *)w->data + (row_begin + (i < n ? i : n - 1)) * w->row_bytes;
-    t.next = (const char *)w->data + (row_begin + TILE_ROWS) * w->row_bytes;
-    t.n = n;
-    return t;
-}
 
 /* 16 bytes at `offset` of every row as four vectors: lane r of out[j] is dword j of row r. */
 TILE_INLINE void lanes_of(const uint8_t *const *row, size_t offset, vec out[4])
@@ -84,27 +77,6 @@ TILE_INLINE void lanes_of(const uint8_t *const *row, size_t offset, vec out[4])
     out[1] = _mm256_unpackhi_epi64(lo01, lo23);
     out[2] = _mm256_unpacklo_epi64(hi01, hi23);
     out[3] = _mm256_unpackhi_epi64(hi01, hi23);
-}
-
-/* The same of a tile. Walks the next tile linearly, ahead of the interleaved row streams, which no prefetcher
- * follows. */
-TILE_INLINE void load_lanes(const tile_rows *t, size_t offset, vec out[4])
-{
-    for (int k = 0; k < TILE_ROWS / 4; k++)
-        _mm_prefetch(t->next + TILE_ROWS * offset + 64 * k, _MM_HINT_T1);
-    lanes_of(t->row, offset, out);
-}
-
-/* The two bytes at `offset` of every row, as floats from half precision. */
-TILE_INLINE vecf load_halves(const tile_rows *t, size_t offset)
-{
-    uint64_t quads[2];
-    for (int i = 0; i < 2; i++) {
-        quads[i] = 0;
-        for (int k = 0; k < 4; k++)
-            quads[i] |= (uint64_t)fomoe_load_u16(t->row[4 * i + k] + offset) << (16 * k);
-    }
-    return _mm256_cvtph_ps(_mm_loadu_si128((const void *)quads));
 }
 
 /* The low halves of all lanes, IEEE half precision, as floats. */
@@ -137,13 +109,7 @@ TILE_INLINE void tile_store(float *y, int n, vecf v)
     memcpy(y, all, n * sizeof *y);
 }
 
-/* Four activations (or two sums) of a token, to meet the same columns of all rows. */
-TILE_INLINE vec broadcast4(const void *p)
-{
-    int v;
-    memcpy(&v, p, sizeof v);
-    return _mm256_set1_epi32(v);
-}
+#include "tile.h"
 
 /* Products of a vector of codes with four activations, summed in pairs. */
 TILE_INLINE vec multiply_bytes(vec code, vec q, int signed_codes)

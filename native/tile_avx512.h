@@ -1,7 +1,6 @@
 /* Tiles of 16 weight rows for AVX-512: lane r of every vector belongs to row r.
  *
- * Owns: how 16 rows are turned into lanes, and the order of rounding of matmul_kernels.h in vectors.
- * Does not know: how a type packs its codes.
+ * Owns: how 16 rows are turned into lanes. Does not know: how a type packs its codes.
  *
  * A vector of codes holds 4 columns (bytes) of each row, so vpdpbusd with 4 activations broadcast to all
  * lanes sums within rows only: no horizontal sums, and scales are plain vectors. The transposition to
@@ -38,6 +37,10 @@ enum {
 typedef __m512i vec;
 typedef __m512 vecf;
 
+#define v_zero _mm512_setzero_si512
+#define v_add _mm512_add_epi32
+#define v_madd _mm512_madd_epi16
+#define v_to_float _mm512_cvtepi32_ps
 #define v_and _mm512_and_si512
 #define v_or _mm512_or_si512
 #define v_xor _mm512_xor_si512
@@ -55,28 +58,17 @@ typedef __m512 vecf;
 #define v_broadcast128 _mm512_broadcast_i32x4
 #define vf_load _mm512_loadu_ps
 #define vf_zero _mm512_setzero_ps
+#define vf_set1 _mm512_set1_ps
+#define vf_mul _mm512_mul_ps
+#define vf_fma _mm512_fmadd_ps
+#define vf_fnma _mm512_fnmadd_ps
+#define vf_load_halves(p) _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(p)))
+/* sum + the products of words, added in pairs */
+#define v_add_madd _mm512_dpwssd_epi32
 /* (a & mask) | b */
 #define v_and_or(a, mask, b) _mm512_ternarylogic_epi32(a, mask, b, 0xea)
 /* even words of a, odd words of b */
 #define v_odd_words(a, b) _mm512_mask_blend_epi16(0xaaaaaaaa, a, b)
-
-/* The rows of a tile; rows past the end repeat the last, their results are not stored. */
-typedef struct {
-    const uint8_t *row[TILE_ROWS];
-    int n;
-    const char *next;       /* where the tile after this one begins */
-} tile_rows;
-
-TILE_INLINE tile_rows tile_rows_at(const fomoe_matrix *w, int row_begin, int row_end)
-{
-    tile_rows t;
-    int n = row_end - row_begin < TILE_ROWS ? row_end - row_begin : TILE_ROWS;
-    for (int i = 0; i < TILE_ROWS; i++)
-        t.row[i] = (const uint8_t *)w->data + (row_begin + (i < n ? i : n - 1)) * w->row_bytes;
-    t.next = (const char *)w->data + (row_begin + TILE_ROWS) * w->row_bytes;
-    t.n = n;
-    return t;
-}
 
 /* 16 bytes at `offset` of every row as four vectors: lane r of out[j] is dword j of row r. */
 TILE_INLINE void lanes_of(const uint8_t *const *row, size_t offset, __m512i out[4])
@@ -94,27 +86,6 @@ TILE_INLINE void lanes_of(const uint8_t *const *row, size_t offset, __m512i out[
     out[1] = _mm512_unpackhi_epi64(lo01, lo23);
     out[2] = _mm512_unpacklo_epi64(hi01, hi23);
     out[3] = _mm512_unpackhi_epi64(hi01, hi23);
-}
-
-/* The same of a tile. Walks the next tile linearly, ahead of the interleaved row streams, which no prefetcher
- * follows. */
-TILE_INLINE void load_lanes(const tile_rows *t, size_t offset, vec out[4])
-{
-    for (int k = 0; k < TILE_ROWS / 4; k++)
-        _mm_prefetch(t->next + TILE_ROWS * offset + 64 * k, _MM_HINT_T1);
-    lanes_of(t->row, offset, out);
-}
-
-/* The two bytes at `offset` of every row, as floats from half precision. */
-TILE_INLINE __m512 load_halves(const tile_rows *t, size_t offset)
-{
-    uint64_t quads[4];
-    for (int i = 0; i < 4; i++) {
-        quads[i] = 0;
-        for (int k = 0; k < 4; k++)
-            quads[i] |= (uint64_t)fomoe_load_u16(t->row[4 * i + k] + offset) << (16 * k);
-    }
-    return _mm512_cvtph_ps(_mm256_loadu_si256((const void *)quads));
 }
 
 /* The low halves of all lanes, IEEE half precision, as floats. */
@@ -136,12 +107,6 @@ TILE_INLINE void tile_store(float *y, int n, __m512 v)
     _mm512_mask_storeu_ps(y, (__mmask16)((1u << n) - 1), v);
 }
 
-/* Four activations (or two sums) of a token, to meet the same columns of all rows. */
-TILE_INLINE __m512i broadcast4(const void *p)
-{
-    int v;
-    memcpy(&v, p, sizeof v);
-    return _mm512_set1_epi32(v);
-}
+#include "tile.h"
 
 #endif
