@@ -16,7 +16,7 @@ from fomoe.errors import (
     RequestError,
     UnsupportedError,
 )
-from fomoe.experts.car import CarOptions
+from fomoe.experts.car_options import CarOptions
 from fomoe.plan import MemoryPlan
 from fomoe.sampling import Sampling
 from fomoe.stats import PhaseStats, Stats

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fomoe.errors import RequestError
-from fomoe.experts.car import CarOptions
+from fomoe.experts.car_options import CarOptions
 from fomoe.experts.predict import Mode
 from fomoe.io.files import Direct
 from fomoe.io.open import Io

@@ -5,9 +5,13 @@ which kind of device.
 
 The host waits for a layer's routing (its mailbox), and never for a layer's end: what a device holds
 is computed from its table while the mailbox is on its way, only what is missing is brought, and the
-next layer is queued behind it. With several devices, layers take turns: while one device computes a
-layer, the next layer's router is asked about the residual stream on the other one, and what it will
-probably pick is copied there. The same schedule runs on threads of the host, where tests run it.
+next layer is queued behind it. Where nothing was missing that is one piece of work (Turn.do_begin),
+which a GPU plays back as one graph: a layer's sum is left to the next one's beginning, since only
+the host knows that nothing is missing.
+
+With several devices, layers take turns: while one device computes a layer, the next layer's router
+is asked about the residual stream on the other one, and what it will probably pick is copied there
+(lookahead.py). The same schedule runs on threads of the host, where tests run it.
 """
 
 from __future__ import annotations
@@ -24,11 +28,11 @@ import numpy.typing as npt
 from fomoe.errors import ReadError
 from fomoe.experts.layer import Resident
 from fomoe.experts.placement import LayerPlacement
-from fomoe.experts.step import ExpertStep
 from fomoe.experts.tiered import TieredStore
 from fomoe.forward import Forward, Logits, distinct, lost_expert
 from fomoe.kernels.device import Device, Event
 from fomoe.kernels.ops import KvCache, Routing, Segment
+from fomoe.lookahead import Lookahead
 from fomoe.memory import finish
 from fomoe.models import HEAD_ROWS, Layer
 from fomoe.places import Place
@@ -55,7 +59,8 @@ class DeviceForward(Forward):
         self._at = places[0]  # where the residual stream is
         self._tokens = 0
         self._turns: list[Turn] = []  # that may still read host memory
-        self._guesses: dict[int, _Guess] = {}  # by layer, until the layer's own picks are known
+        self._unfinished: Turn | None = None  # whose sum is left to what comes next
+        self._lookahead = Lookahead(places, self._tiered, self._residency)
 
     async def run(self, chunks: Sequence[Chunk]) -> list[Logits]:
         """As Forward.run. However it ends, no device has anything left to do then."""
@@ -65,8 +70,11 @@ class DeviceForward(Forward):
             await finish(asyncio.ensure_future(self._quiesce()))
 
     async def _quiesce(self) -> None:
-        self._guesses.clear()
-        streams = [(d, s) for d in self._devices for s in (d.uploads, d.compute)]
+        self._lookahead.clear()
+        self._unfinished = None
+        streams = [
+            (d, stream) for d in self._devices for stream in (d.uploads, d.compute, d.downloads)
+        ]
         signals = [self._signal(device, stream.record()) for device, stream in streams]
         try:
             for signal in signals:
@@ -79,7 +87,7 @@ class DeviceForward(Forward):
                 turn.close()
             self._turns.clear()
             for place in dict.fromkeys(self._places):
-                place.tier.drop_ahead()
+                place.tier.end_all()
 
     def _signal(self, device: Device, event: Event) -> Signal:
         """Ask to be told, before other work is queued, of an event that will be waited for."""
@@ -131,6 +139,7 @@ class DeviceForward(Forward):
         for layer, cache in zip(self._model.layers, self._caches, strict=True):
             await self._yield(chunks)
             await self._layer(layer, cache, x, chunks, segments, audit)
+        self._finish_before()
         self._move(self._places[0])
         return await self._head(chunks, segments, x)
 
@@ -147,8 +156,16 @@ class DeviceForward(Forward):
         self._note(Part.HEAD, -1, begin)
         return host
 
+    def _finish_before(self) -> None:
+        """The layer before cannot be left to the next one any more."""
+        before, self._unfinished = self._unfinished, None
+        if before:
+            before.queue(before.do_finish, False)
+
     def _move(self, place: Place) -> None:
         """The residual stream hops to the device whose turn it is."""
+        if place is not self._at:
+            self._finish_before()
         place.bring(self._at, self._tokens)
         self._at = place
 
@@ -168,24 +185,23 @@ class DeviceForward(Forward):
         turn = Turn(place, layer, place.x(self._tokens), self._tokens)
         self._turns.append(turn)
         place.tier.begin(index)
-        turn.queue(turn.do_route, segments, cache)
-        routed = self._signal(place.device, place.device.compute.record())
-        turn.queue(turn.do_experts)
-        by_host = self._residency.substitutes and not audit
-        if not by_host:
-            turn.use_table()
+        substitutes = self._residency.substitutes and not audit
+        if substitutes:
+            place.tier.offer(index, *self._residency.offer(index))
+        before, self._unfinished = self._unfinished, None
+        turn.queue(turn.do_begin, segments, cache, before, substitutes)
+        heard = self._signal(place.device, turn.heard)
         below = self._model.layers[index + 1] if index + 1 < len(self._model.layers) else None
         if below and self._read_ahead and not audit:
-            self._ask(below)
-        await self._reached(routed)
-        self._guesses.pop(index, None)
+            self._lookahead.ask(below, place, self._tokens, segments)
+        await self._reached(heard)
+        self._lookahead.forget(index)
         self._note(Part.ROUTE, index, begin)
         routing = turn.routing
         assert routing is not None
+        assert routing.ids[0, 0] >= 0, "the device told of a routing before it sent it"
         if not audit:
             self._residency.routed(index, routing)
-        if by_host:
-            turn.use_table()
         try:
             await self._experts(turn, layer, routing, passing=audit)
         except ReadError as error:
@@ -222,14 +238,15 @@ class DeviceForward(Forward):
         while True:
             if ready:
                 await self._place(turn, ready, placement, counts)
-            self._fetch_on(step)
+            self._lookahead.fetch_on(step)
             ready = await step.landed()
             if not ready:
                 break
-        helped = helper is not None and bool(missing)
-        if helper and helped:
+        if helper and missing:
             helper.finish()
-        turn.queue(turn.do_finish, helped)
+            turn.queue(turn.do_finish, True)
+        else:
+            self._unfinished = turn
         tier.end(index)
         turn.end()
 
@@ -277,56 +294,3 @@ class DeviceForward(Forward):
         else:
             turn.queue(turn.do_run, experts)
             place.device.when(place.device.compute.record(), partial(turn.was_read, experts))
-
-    def _ask(self, layer: Layer) -> None:
-        """Queue the next layer's router, on that layer's device, for the residual stream as it is
-        before this layer's experts: what it says arrives while those are being computed."""
-        place = self._places[layer.parameters.index]
-        place.bring_peek(self._at, self._tokens)
-        guess = self._guesses[layer.parameters.index] = _Guess(layer, place.peek(self._tokens))
-        place.device.compute.call(guess.do_route)
-        place.device.when(place.device.compute.record(), partial(self._heard, guess))
-
-    def _heard(self, guess: _Guess) -> None:
-        """The next layer's router has said what it would pick."""
-        if self._guesses.get(guess.index) is not guess or guess.routing is None:
-            return  # too late, or the device failed
-        experts, counts = distinct(guess.routing)
-        if len(guess.routing.ids) > 1:
-            order = np.argsort(-np.asarray(counts), kind="stable")
-            experts = [experts[i] for i in order]
-        if self._residency.predicts():
-            self._residency.predicted(guess.index, guess.routing)
-        elif not self._residency.decoding:
-            guess.ahead = experts
-        self._copy_ahead(guess.index, experts)
-
-    def _copy_ahead(self, index: int, experts: Sequence[int]) -> None:
-        """What the next layer will probably need, and the host has, is copied to its device."""
-        place = self._places[index]
-        if place.pins(index):
-            return
-        absent = [e for e in experts if not place.tier.holds(index, e)]
-        held = self._tiered.hold(index, absent, place.tier.room_ahead(index))
-        if held:
-            place.tier.copy_ahead(index, held, partial(self._tiered.release, index))
-
-    def _fetch_on(self, step: ExpertStep) -> None:
-        """When a layer has nothing left to submit, the next one's experts may come."""
-        guess = self._guesses.get(step.layer.index + 1)
-        if guess and guess.ahead and not step.pending:
-            # Nine in ten of what is predicted for a whole step's tokens is picked.
-            del guess.ahead[: self._store.prefetch(guess.index, guess.ahead, certain=True)]
-
-
-class _Guess:
-    """What the router of a layer says of a residual stream that is not its own yet."""
-
-    def __init__(self, layer: Layer, x: Any) -> None:
-        self.index = layer.parameters.index
-        self.routing: Routing | None = None
-        self.ahead: list[int] = []  # still to be read for a prompt, the most wanted first
-        self._layer, self._x = layer, x
-
-    def do_route(self) -> None:
-        self.routing = self._layer.route(self._x)

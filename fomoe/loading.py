@@ -135,7 +135,7 @@ async def load(
         exits.push_async_callback(background.close)
         for pool in dict.fromkeys(pools):
             background.start(backend.prepare(arena, reader, pool.base, pool.nbytes))
-        await _seed(options, plan, store, residency, background)
+        await _seed(options, store, residency, background)
         return Loaded(
             gguf=gguf,
             hp=hp,
@@ -264,16 +264,12 @@ def _background_bytes(drive: Drive | None) -> int:
 
 
 async def _seed(
-    options: EngineOptions,
-    plan: MemoryPlan,
-    store: ExpertStore,
-    residency: Residency,
-    background: Background,
+    options: EngineOptions, store: ExpertStore, residency: Residency, background: Background
 ) -> None:
     """Read the experts that earlier runs used most, in the order in which that pays."""
     if residency.uses is None:
         return
-    seeding = store.seed(seed_order(residency.uses, list(plan.quota)))
+    seeding = store.seed(seed_order(residency.uses, store.capacities()))
     if options.deterministic:
         # Who is resident at the first token must not depend on how soon it is asked for.
         await seeding

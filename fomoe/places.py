@@ -18,7 +18,8 @@ from fomoe.kernels.ops import A
 
 class Place:
     """One device. `costs`: of its layers' experts. `pinned`: layers whose experts the processor
-    computes. `helper`: the processor, where the device cannot read host memory as its own."""
+    computes. `helper`: the processor, where the device cannot read host memory as its own.
+    `stand_ins`: of its layers, what DeviceOps.stand_ins made, where cache-aware routing is on."""
 
     def __init__(
         self,
@@ -32,6 +33,7 @@ class Place:
         pinned: frozenset[int] = frozenset(),
         fixed: bool = False,
         helper: HostExperts | None = None,
+        stand_ins: Mapping[int, Any] | None = None,
     ) -> None:
         self.device, self.ops, self.tier, self.helper = device, ops, tier, helper
         self._row_bytes = 4 * hidden
@@ -40,6 +42,7 @@ class Place:
         self.partial: A = ops.buffer(max_tokens, hidden) if helper else None
         self._views: dict[int, Any] = {}
         self._costs, self._pinned, self._fixed = costs, pinned, fixed
+        self._stand_ins = stand_ins or {}
 
     def x(self, tokens: int) -> Any:
         """Where the residual stream [tokens, hidden] is while this device computes: the same view
@@ -72,6 +75,10 @@ class Place:
         compute.wait(source.device.compute.record())
         nbytes = tokens * self._row_bytes
         compute.copy(self.device.address(target), source.device.address(array), nbytes)
+
+    def stand_ins(self, layer: int) -> Any:
+        """Cache-aware routing of the layer, for its router."""
+        return self._stand_ins[layer]
 
     def placement(self, layer: int, tokens: int) -> LayerPlacement:
         """Where the layer's experts are computed in a step of so many tokens."""

@@ -131,29 +131,41 @@ class Residency:
         if exact is not None and used is not None:
             self._car.stats.note_audit(exact[-1], used[-1])
 
+    def offer(self, layer: int) -> tuple[npt.NDArray[np.bool_], float]:
+        """What stand-ins are chosen by: experts that a layer could use now without a stall, bool
+        [experts], and the rule's limit."""
+        available = self._store.available(layer, in_flight=not self._deterministic)
+        return available, self._car.limit
+
     def routed(self, layer: int, routing: Routing) -> None:
         """Note what the router said at a layer, and let stand-ins take the place of picks whose
-        reads would stall: routing.ids and routing.weights are what has to be computed.
+        reads would stall, unless its device has: routing.ids and routing.weights are what has to be
+        computed.
         """
+        ids, weights = routing.picked or (routing.ids, routing.weights)
         if self._recorder:
-            self._recorder.layer(layer, routing.ids, routing.weights, routing.logits)
+            self._recorder.layer(layer, ids, weights, routing.logits)
         if self.uses is not None:
-            np.add.at(self.uses[layer], routing.ids.ravel(), 1.0)
+            np.add.at(self.uses[layer], ids.ravel(), 1.0)
         self._store.note_uses(
             layer,
-            routing.ids,
+            ids,
             prompt=not self._decode,
-            amounts=use_amounts(routing.weights) if self._substituting else None,
+            amounts=use_amounts(weights) if self._substituting else None,
         )
         prediction = self._predictions.pop(layer, None)
         if prediction:
-            self._judge(layer, prediction, set(routing.ids.ravel().tolist()))
+            self._judge(layer, prediction, set(ids.ravel().tolist()))
         if not self.substitutes:
             return
-        available = self._store.available(layer, in_flight=not self._deterministic)
-        chosen = self._car.select(layer, routing.logits, routing.ids, routing.weights, available)
+        if routing.picked:
+            used = routing.ids, routing.weights
+            chosen = self._car.adopt(layer, routing.logits, ids, weights, *used)
+        else:
+            available, _ = self.offer(layer)
+            chosen = self._car.select(layer, routing.logits, ids, weights, available)
         if self._tracer and chosen.displaced:
-            self._note_substitutions(self._tracer, layer, routing.ids, chosen)
+            self._note_substitutions(self._tracer, layer, ids, chosen)
         routing.ids, routing.weights = chosen.ids, chosen.weights
         if self._backfill is not None:
             for expert, share in chosen.displaced:

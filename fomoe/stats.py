@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fomoe.config import format_size
-from fomoe.experts.device_tier import TierStats
+from fomoe.experts.device_copies import TierStats
 from fomoe.experts.predict import PrefetchStats
 from fomoe.residency import ResidencyStats
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from copy import copy
 from functools import partial
 from typing import Any, cast
 
@@ -29,6 +28,7 @@ class Turn:
         self.index = layer.parameters.index
         self.step: ExpertStep | None = None
         self.routing: Routing | None = None
+        self.heard = place.device.mark(self.index)  # the routing is on the host
         self._layer = layer
         self._x = x
         self._tokens = tokens
@@ -38,27 +38,36 @@ class Turn:
 
     # ---- work for the stream ----
 
-    def do_route(self, segments: Sequence[Segment], cache: KvCache | None) -> None:
-        """The mixer and the router."""
+    def do_begin(
+        self,
+        segments: Sequence[Segment],
+        cache: KvCache | None,
+        before: Turn | None,
+        substitutes: bool,
+    ) -> None:
+        """All that the host has no part in: the sum of the layer `before` if that was left to this
+        one, the mixer, the router, stand-ins; then, once the host can hear of those, the shared
+        expert and the picks that the device holds."""
+        place = self.place
+        stand_ins = place.stand_ins(self.index) if substitutes else None
 
-        def launch() -> Routing:
+        def launch() -> tuple[Routing, DeviceMoeCall]:
+            if before is not None:
+                before.do_finish(False)
             self._layer.mix(self._x, segments, cache)
-            return self._layer.route(self._x)
+            routing = self._layer.route(self._x, stand_ins)
+            if place.helper:
+                place.device.move(place.helper.h[: self._tokens], routing.h)
+            self.routing = routing
+            place.device.reach(self.heard)
+            call = cast(DeviceMoeCall, self._layer.experts(routing))
+            table = place.tier.table(self.index)
+            if table is not None:
+                call.run_table(table)
+            return routing, call
 
-        # A copy: what is played back is the same object every time, and picks may be replaced.
-        self.routing = copy(self.place.ops.fixed_part(self.index, segments, launch))
-        if self.place.helper:
-            self.place.device.move(self.place.helper.h[: self._tokens], self.routing.h)
-
-    def do_experts(self) -> None:
-        """The shared expert, where there is one."""
-        assert self.routing is not None
-        self._call = cast(DeviceMoeCall, self._layer.experts(self.routing))
-
-    def do_table(self, table: Any) -> None:
-        """The picks that the device holds."""
-        assert self._call is not None
-        self._call.run_table(table)
+        key = self.index, before is not None, substitutes
+        self.routing, self._call = place.ops.fixed_part(key, segments, launch)
 
     def do_run(self, experts: Sequence[Resident]) -> None:
         assert self._call is not None
@@ -85,12 +94,6 @@ class Turn:
     def passing(self) -> bool:
         """The step leaves no trace in any cache."""
         return self.step is not None and self.step.passing
-
-    def use_table(self) -> None:
-        """The picks may be computed as the host sees them now."""
-        table = self.place.tier.table(self.index)
-        if table is not None:
-            self.queue(self.do_table, table)
 
     def open(self, step: ExpertStep) -> None:
         """The step hands out experts from now on; it is closed once the turn is over and nothing

@@ -13,7 +13,9 @@ stream copies into is valid on the host once an event recorded after the copy ha
 is the mailbox of a router: `ids`, `weights` and `logits` of the Routing that a device's Ops.route
 returns are such arrays, while its kernels take the device's own ids. So the experts that are in the
 device's memory are launched straight from a table, the host reads the mailbox meanwhile, and only a
-miss makes the device wait for the host.
+miss makes the device wait for the host. Stand-ins for picks whose reads would stall are chosen
+there, too: the kernels need them as soon as the picks. Of what would stall a device knows what the
+host wrote into its memory before the layer's turn.
 """
 
 from __future__ import annotations
@@ -22,12 +24,21 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
+import numpy as np
 import numpy.typing as npt
 
-from fomoe.kernels.ops import A, MoeCall, MoeSpec, Ops, Routing, Segment, W
+from fomoe.kernels.ops import A, F32Array, I32Array, MoeCall, MoeSpec, Ops, Routing, Segment, W
 from fomoe.kernels.table import QuantType
 
 R = TypeVar("R")
+# Stand-ins for one layer's picks: (logits [T, experts], ids and weights [T, k], available bool
+# [experts], the rule's limit) -> ids and weights of what is to be computed.
+Choose = Callable[
+    [F32Array, I32Array, F32Array, npt.NDArray[np.bool_], float], tuple[I32Array, F32Array]
+]
+# In what stand-ins are chosen by, the bytes before those of experts: the limit, float64, padded so
+# that the others are aligned.
+LIMIT_BYTES = 16
 
 # Device memory is given out in multiples of this, and so is every matrix of an expert in a slot:
 # 16-byte loads are legal wherever block sizes allow them.
@@ -38,12 +49,12 @@ DEVICE_ALIGNMENT = 256
 class StandInRule:
     """Cache-aware routing as a device's router applies it: CarOptions in numbers.
 
-    limit: the largest gap of logits that "ratio" allows, or what "prior" multiplies the running
-    range of logits with; infinite otherwise. range_gain: what a token's own range counts in it.
+    range_gain: what a token's own range of logits counts in the running one. `policy` makes the
+    same rule for one layer, for a device that is a processor.
     """
 
-    rule: str  # ratio, prior or max-rank
-    limit: float
+    policy: Callable[[], Choose]
+    rule: str  # light, ratio, prior or max-rank
     top_j: int
     max_rank: int
     max_mass: float
@@ -91,20 +102,37 @@ class DeviceOps(Ops, Protocol):
     """The operations of a device. Each queues its work on the stream that calls it, and may be
     called from one `Stream.call` at a time."""
 
-    def fixed_part(self, key: Hashable, segments: Sequence[Segment], launch: Callable[[], R]) -> R:
+    def fixed_part(
+        self,
+        key: Hashable,
+        segments: Sequence[Segment],
+        launch: Callable[[], R],
+        *,
+        aside: bool = False,
+    ) -> R:
         """Queue what `launch` queues by calling these operations, and return what it returned: a
-        backend may record it under `key` for steps of the same shape, and play it back. So nothing
-        in it is decided by the host."""
+        backend may record it under `key` for steps of the same shape, and play it back, returning
+        the very same objects. So nothing in it is decided by the host. What a short step's fixed
+        part makes is good until the same key comes again on the host, and until the next fixed
+        part on the device; one that is `aside` leaves the others' alone."""
 
-    def route(self, spec: MoeSpec, x: A, norm: A, eps: float, router: W) -> Routing:
+    def stand_ins(self, spec: MoeSpec, rule: StandInRule, offered: A) -> Any:
+        """Cache-aware routing of one layer, for route(). `offered`: uint8 [LIMIT_BYTES + experts]
+        in device memory, the rule's limit (CarOptions.limit) and then 1 where an expert's use would
+        not stall; read when the work's turn comes."""
+
+    def route(
+        self, spec: MoeSpec, x: A, norm: A, eps: float, router: W, stand_ins: Any = None
+    ) -> Routing:
         """As in Ops; ids, weights and logits are the host's mailbox. The arrays are no other call's
-        (but for what fixed_part plays back)."""
+        (but for those of fixed_part). With `stand_ins` they are what is to be computed, and
+        `picked` is what the router said."""
 
     def moe(
         self, spec: MoeSpec, routing: Routing, shared: tuple[W, W, W, W | None] | None
     ) -> DeviceMoeCall:
-        """As in Ops. Where the host put other arrays into routing.ids and routing.weights, those
-        are computed; else the device's own, without waiting for the host."""
+        """As in Ops, for a routing of this device: its own ids and weights are taken, without
+        waiting for the host."""
 
     def reads(self, tensor_type: QuantType) -> bool:
         """Whether there are kernels for matrices of the type, of embedding rows, too."""
@@ -130,6 +158,10 @@ class Device(Protocol):
     @property
     def uploads(self) -> Stream:
         """For copies from host memory, beside the kernels."""
+
+    @property
+    def downloads(self) -> Stream:
+        """For copies to host memory: a link carries both ways at once."""
 
     def allocate(self, nbytes: int) -> int:
         """The address of memory of the device, aligned to DEVICE_ALIGNMENT, its own until close.
@@ -160,6 +192,14 @@ class Device(Protocol):
 
     def failure(self) -> BaseException | None:
         """What went wrong in queued work, for good."""
+
+    def mark(self, key: Hashable) -> Event:
+        """An event for reach(). Where work is recorded (DeviceOps.fixed_part) it is the same one
+        whenever the key is, and stands for the latest time that the work was queued."""
+
+    def reach(self, event: Event) -> None:
+        """From inside queued work: the event of mark() is at this point of it. It may be waited for
+        once the work has been queued."""
 
     def move(self, target: Any, source: Any) -> None:
         """From inside queued work: copy between an array of array() and one of host_array(), of one

@@ -1,12 +1,13 @@
 """A CUDA or HIP device: torch's streams, events and memory, the runtime's copies.
 
-Owns: the two streams, what is allocated and pinned, and waking the event loop. Does not know:
+Owns: the three streams, what is allocated and pinned, and waking the event loop. Does not know:
 models, experts, kernels beyond making their Ops. Imported where such a device is asked for only.
 
 The event loop hears of events by an eventfd. What writes to it is a host function on streams of
 their own that wait for the events: on the stream itself it would hold up the work behind it. Each
 stream has one for its signals, so those must be asked for in the order in which events are recorded
-or they come late.
+or they come late. An event in the middle of a graph (mark) is external to it: every launch of the
+graph records it anew, as of then.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import contextlib
 import mmap
 import os
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from math import prod
 from typing import Any, cast
 
@@ -98,7 +99,9 @@ class CudaDevice:
         # Kernels go before copies where both want the same unit; they are what the host waits for.
         self.compute = CudaStream(index, self._place, self._runtime, -1)
         self.uploads = CudaStream(index, self._place, self._runtime, 0)
+        self.downloads = CudaStream(index, self._place, self._runtime, 0)
         self._kept: dict[int, Any] = {}
+        self._marks: dict[Hashable, CudaEvent] = {}
         self._pinned: list[int] = []
         self._own: list[mmap.mmap] = []  # host memory of host_array
         self._loop = asyncio.get_running_loop()
@@ -153,6 +156,17 @@ class CudaDevice:
         while self._pinned:
             self._runtime.unpin(self._pinned.pop())
 
+    def mark(self, key: Hashable) -> CudaEvent:
+        found = self._marks.get(key)
+        if found is None:
+            event = torch.cuda.Event(external=True)
+            found = self._marks[key] = CudaEvent(event, self.compute)
+        return found
+
+    def reach(self, event: Event) -> None:
+        assert isinstance(event, CudaEvent)
+        event.event.record(event.stream.stream)
+
     def move(self, target: Any, source: Any) -> None:
         _tensor(target).copy_(_tensor(source), non_blocking=True)
 
@@ -173,7 +187,7 @@ class CudaDevice:
 
     def _woken(self) -> None:
         os.eventfd_read(self._fd)
-        for stream in (self.compute, self.uploads):
+        for stream in (self.compute, self.uploads, self.downloads):
             for callback in stream.due():
                 callback()
 

@@ -22,12 +22,20 @@ import numpy.typing as npt
 
 from fomoe.kernels.cpu import CpuOps
 from fomoe.kernels.cpu_arrays import CpuWeight, F32Array
-from fomoe.kernels.device import DEVICE_ALIGNMENT, DeviceOps, Event
+from fomoe.kernels.device import (
+    DEVICE_ALIGNMENT,
+    LIMIT_BYTES,
+    Choose,
+    DeviceOps,
+    Event,
+    StandInRule,
+)
 from fomoe.kernels.ops import MoeSpec, Routing, Segment
 from fomoe.kernels.table import QuantType
 
 R = TypeVar("R")
 Work = Callable[[], object]
+HostStandIns = tuple[Choose, npt.NDArray[np.uint8]]
 
 
 class HostEvent:
@@ -65,26 +73,28 @@ class HostStream:
     """fomoe.kernels.device.Stream: a thread that works through a queue.
 
     After a failure no more work is done, but events are still reached, so that nobody waits in vain
-    and who looks (`failure`) finds out why.
+    and who looks (`failure`) finds out why; `left_out` is called for work that is not done.
     """
 
-    def __init__(self, name: str, pause: Work | None = None) -> None:
+    def __init__(self, name: str, pause: Work | None = None, left_out: Work | None = None) -> None:
         self.failure: BaseException | None = None
         self._pause = pause
+        self._left_out = left_out
         self._queue: SimpleQueue[Work | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
     def call(self, work: Work) -> None:
         def run() -> None:
-            if self.failure is not None:
-                return
-            if self._pause:
+            if self._pause and self.failure is None:
                 self._pause()
             try:
-                work()
+                if self.failure is None:
+                    work()
             except BaseException as error:
                 self.failure = error
+            if self.failure is not None and self._left_out:
+                self._left_out()
 
         self._queue.put(run)
 
@@ -120,8 +130,11 @@ class HostDevice:
     ) -> None:
         self.name = name
         self.shares_memory = shares_memory
-        self.compute = HostStream(f"fomoe-{name}-compute", pause)
+        self._marks: set[HostEvent] = set()  # not reached yet
+        self.compute = HostStream(f"fomoe-{name}-compute", pause, self._reach_all)
         self.uploads = HostStream(f"fomoe-{name}-uploads", pause)
+        self.downloads = HostStream(f"fomoe-{name}-downloads", pause)
+        self._streams = self.compute, self.uploads, self.downloads
         self._loop = asyncio.get_running_loop()
         self._arrays: dict[int, npt.NDArray[Any]] = {}
 
@@ -153,11 +166,25 @@ class HostDevice:
         event.then(lambda: self._loop.call_soon_threadsafe(callback))
 
     def synchronize(self) -> None:
-        for stream in (self.uploads, self.compute):
+        for stream in self._streams:
             stream.record().wait()
 
     def failure(self) -> BaseException | None:
-        return self.compute.failure or self.uploads.failure
+        return next((s.failure for s in self._streams if s.failure), None)
+
+    def mark(self, key: Hashable) -> HostEvent:
+        event = HostEvent()
+        self._marks.add(event)
+        return event
+
+    def reach(self, event: Event) -> None:
+        assert isinstance(event, HostEvent)
+        self._marks.discard(event)
+        event.reach()
+
+    def _reach_all(self) -> None:
+        while self._marks:
+            self._marks.pop().reach()
 
     def move(self, target: npt.NDArray[Any], source: npt.NDArray[Any]) -> None:
         target[...] = source
@@ -176,27 +203,48 @@ class HostDevice:
         return CpuOps.workspace_bytes(ops.num_threads, ops.max_tokens, **shapes)
 
     def close(self) -> None:
-        self.compute.close()
-        self.uploads.close()
+        for stream in self._streams:
+            stream.close()
         self._arrays.clear()
 
 
 class HostOps(CpuOps):
     """CpuOps as a device's: all calls come from the thread of its compute stream."""
 
-    def fixed_part(self, key: Hashable, segments: Sequence[Segment], launch: Callable[[], R]) -> R:
+    def fixed_part(
+        self,
+        key: Hashable,
+        segments: Sequence[Segment],
+        launch: Callable[[], R],
+        *,
+        aside: bool = False,
+    ) -> R:
         return launch()
 
     def reads(self, tensor_type: QuantType) -> bool:
         return True
 
+    def stand_ins(
+        self, spec: MoeSpec, rule: StandInRule, offered: npt.NDArray[np.uint8]
+    ) -> HostStandIns:
+        return rule.policy(), offered
+
     def route(
-        self, spec: MoeSpec, x: F32Array, norm: F32Array, eps: float, router: CpuWeight
+        self,
+        spec: MoeSpec,
+        x: F32Array,
+        norm: F32Array,
+        eps: float,
+        router: CpuWeight,
+        stand_ins: HostStandIns | None = None,
     ) -> Routing:
-        routing = super().route(spec, x, norm, eps, router)
-        return Routing(
-            h=routing.h.copy(),
-            logits=routing.logits.copy(),
-            ids=routing.ids.copy(),
-            weights=routing.weights.copy(),
-        )
+        said = super().route(spec, x, norm, eps, router)
+        logits, ids, weights = said.logits.copy(), said.ids.copy(), said.weights.copy()
+        routing = Routing(h=said.h.copy(), logits=logits, ids=ids, weights=weights)
+        if stand_ins is not None:
+            choose, offered = stand_ins
+            limit = float(offered[:LIMIT_BYTES].view(np.float64)[0])
+            there = offered[LIMIT_BYTES:].astype(np.bool_)
+            routing.picked = ids, weights
+            routing.ids, routing.weights = choose(logits, ids, weights, there, limit)
+        return routing

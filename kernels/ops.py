@@ -155,13 +155,15 @@ class Routing:
     h: [T, hidden] the normed input of router and experts. logits: float32 [T, experts] on the host.
     ids: int32 [T, top_k] by descending probability (ties: lower id first); weights: float32
     [T, top_k], those that the expert outputs are multiplied with. ids and weights may be replaced
-    before the first expert runs (cache-aware routing).
+    before the first expert runs (cache-aware routing). `picked`: what they were where a device has
+    replaced them.
     """
 
     h: A
     logits: F32Array
     ids: I32Array
     weights: F32Array
+    picked: tuple[I32Array, F32Array] | None = None
 
 
 class MoeCall(Protocol):

@@ -26,11 +26,13 @@ class FakeStream:
 
 
 class FakeEvent:
-    def __init__(self) -> None:
+    def __init__(self, external: bool = False) -> None:
+        self.external = external
         self.reached = False
 
     def record(self, stream: FakeStream) -> None:
         self.stream = stream
+        self.reached = False
 
     def query(self) -> bool:
         return self.reached

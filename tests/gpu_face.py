@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 
 from fomoe.kernels.gpu.ops import GpuOps
+from fomoe.kernels.gpu.routing import GpuRouting, Mailbox
 from fomoe.kernels.ops import DeltaState, KvCache, LayerParts, MoeSpec, Segment
 from fomoe.kernels.unfused import UnfusedLayer, UnfusedMixers
 
@@ -105,8 +105,13 @@ class GpuFace(UnfusedMixers):
         return routing
 
     def moe(self, spec: MoeSpec, routing: Any, shared: Any) -> Any:
-        if not torch.is_tensor(routing.h):
-            routing = replace(routing, h=self._up(routing.h))
+        if not isinstance(routing, GpuRouting):
+            ids, weights = self._up(routing.ids), self._up(routing.weights)
+            routing = GpuRouting(
+                h=self._up(routing.h), logits=routing.logits, ids=routing.ids,
+                weights=routing.weights, device_ids=ids, device_weights=weights,
+                mailbox=Mailbox.like(ids.view(-1), ids),
+            )  # fmt: skip
         return MoeFace(self, spec, self.gpu.moe(spec, routing, shared))
 
     def layer(self, parts: LayerParts) -> UnfusedLayer:

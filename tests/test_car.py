@@ -9,7 +9,8 @@ import numpy.typing as npt
 import pytest
 
 from fomoe.errors import RequestError
-from fomoe.experts.car import CacheAwareRouter, CarOptions, CarStats, use_amounts
+from fomoe.experts.car import CacheAwareRouter, CarStats, use_amounts
+from fomoe.experts.car_options import CarOptions
 
 E, K = 64, 8
 F32 = npt.NDArray[np.float32]

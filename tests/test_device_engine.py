@@ -309,7 +309,7 @@ def test_car_and_audits_on_devices(model, devices):
             assert_all_slots_are_somewhere(engine)
 
     if car is None:
-        from fomoe.experts.car import CarOptions
+        from fomoe.experts.car_options import CarOptions
 
         car = CarOptions.parse("prior:0.5")
     run(main())

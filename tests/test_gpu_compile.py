@@ -20,7 +20,7 @@ KERNELS = (
 )  # fmt: skip
 LAYERS = (
     "prepare", "rows", "join rows", "tiles", "convolve a token", "convolve a tile", "delta steps",
-    "delta solve", "delta chunks", "pick", "stand-ins ratio", "stand-ins prior",
+    "delta solve", "delta chunks", "pick", "stand-ins light", "stand-ins ratio", "stand-ins prior",
     "stand-ins max-rank", "rms_norm", "gated_norm", "activate",
 )  # fmt: skip
 # Bytes a thread that the most demanding ones spill, on the worst target each.

@@ -146,24 +146,6 @@ def test_moe_of_some_picks(ops: GpuFace) -> None:
     assert nmse(x, layer.output(REFERENCE, [ALL])) < EXACT
 
 
-def test_moe_follows_replaced_ids(ops: GpuFace) -> None:
-    layer = quantised_layer(3, None)
-    layer.routing.ids = layer.routing.ids[:, ::-1]  # not contiguous, as a policy may leave it
-    layer.routing.weights = np.asfortranarray(layer.routing.weights)
-    assert nmse(layer.output(ops, [ALL]), layer.output(REFERENCE, [ALL])) < EXACT
-
-
-def test_moe_that_lacks_an_expert_is_an_error_of_ours(ops: GpuFace) -> None:
-    layer = quantised_layer(1, None)
-    missing = int(layer.routing.ids[0, 0])
-    call = layer.begin(ops)
-    call.run([layer.addresses(e) for e in ALL if e != missing])
-    with pytest.raises(AssertionError, match="never ran"):
-        call.finish(layer.x.copy())
-    with pytest.raises(AssertionError, match="given twice"):
-        call.run([layer.addresses(e) for e in ALL])
-
-
 # ---- attention ----
 
 

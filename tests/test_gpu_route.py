@@ -10,8 +10,11 @@ import torch
 from gpu_face import DEVICE, wait
 from op_cases import moe_spec
 
-from fomoe.experts.car import CacheAwareRouter, CarOptions
-from fomoe.kernels.gpu.routing import GpuRouting, StandIns, choose, device_picks
+from fomoe.experts.car import CacheAwareRouter
+from fomoe.experts.car_options import CarOptions
+from fomoe.experts.device_rule import device_rule
+from fomoe.kernels.device import LIMIT_BYTES
+from fomoe.kernels.gpu.routing import GpuRouting, StandIns, choose, room
 from fomoe.kernels.ops import MoeSpec
 from fomoe.kernels.reference import softmax
 
@@ -21,7 +24,8 @@ SPEC = moe_spec(num_experts=EXPERTS, top_k=TOP_K)
 
 def chosen(spec: MoeSpec, logits: Any, stand_ins: StandIns | None = None) -> GpuRouting:
     on_device = torch.from_numpy(logits).to(DEVICE)
-    routing = choose(spec, on_device, on_device, stand_ins)
+    words = torch.empty(room(spec, len(logits)), dtype=torch.int32, device=DEVICE)
+    routing = choose(spec, on_device, on_device, stand_ins, words)
     wait()
     return routing
 
@@ -43,7 +47,7 @@ def test_picks(renormalise: bool) -> None:
     assert np.array_equal(found.ids, ids)
     assert np.allclose(found.weights, 2.5 * weights, rtol=1e-5, atol=0)
     assert np.array_equal(found.logits, logits)
-    assert found.picked_ids is found.ids
+    assert found.picked is None
 
 
 def test_ties_go_to_the_lower_id() -> None:
@@ -52,19 +56,9 @@ def test_ties_go_to_the_lower_id() -> None:
     assert np.allclose(found.weights, 1 / TOP_K)
 
 
-def test_kernels_take_what_the_host_put_in_the_picks_place() -> None:
-    found = chosen(SPEC, logits_of(1, 2))
-    ids, weights = device_picks(found, found.device_ids.device)
-    assert ids is found.device_ids
-    assert weights is found.device_weights
-    found.ids = found.ids[:, ::-1]
-    ids, weights = device_picks(found, found.device_ids.device)
-    wait()
-    assert np.array_equal(ids.cpu(), found.ids)
-    assert np.array_equal(weights.cpu(), found.weights)
-
-
 RULES = {
+    "light": ("light:1", {}),
+    "light of few, renormalised": ("light:1.5", {"max_mass": 0.2, "weights": "renorm"}),
     "ratio": ("ratio:0.35", {}),
     "ratio of few, renormalised": ("ratio:0.2", {"top_j": 0, "max_mass": 0.3, "weights": "renorm"}),
     "prior": ("prior:0.2", {"top_j": 1}),
@@ -79,17 +73,19 @@ def test_stand_ins_are_those_of_the_policy(name: str) -> None:
     rule, changes = RULES[name]
     options = CarOptions.parse(rule, **changes)
     policy = CacheAwareRouter(options, 1, TOP_K)
-    available = torch.zeros(EXPERTS, dtype=torch.uint8, device=DEVICE)
-    stand_ins = StandIns(options.device_rule, available)
+    offered = torch.zeros(LIMIT_BYTES + EXPERTS, dtype=torch.uint8, device=DEVICE)
+    offered[:LIMIT_BYTES].view(torch.float64)[0] = options.limit
+    stand_ins = StandIns(device_rule(options, TOP_K), offered)
     substitutions = 0
     for seed, share in enumerate((0.5, 0.2, 0.9, 0.0, 1.0, 0.5, 0.5)):
         # The last step is of three sequences.
         logits = logits_of(seed, 3 if seed == 6 else 1)
         there = np.random.default_rng(seed).random(EXPERTS) < share
-        available.copy_(torch.from_numpy(there.astype(np.uint8)))
+        offered[LIMIT_BYTES:].copy_(torch.from_numpy(there.astype(np.uint8)))
         found = chosen(SPEC, logits, stand_ins)
-        want = policy.select(0, logits, found.picked_ids, found.picked_weights, there)
+        want = policy.select(0, logits, *found.picked, there)
         assert np.array_equal(found.ids, want.ids), seed
         assert np.allclose(found.weights, want.weights, rtol=1e-6, atol=0), seed
+        assert np.array_equal(found.device_ids.cpu(), want.ids), seed
         substitutions += len(want.displaced)
     assert substitutions > 3

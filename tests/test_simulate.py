@@ -17,7 +17,7 @@ from standins import replay_car
 
 from fomoe.errors import FormatError, RequestError
 from fomoe.experts.cache import PROMPT_AMOUNT, ExpertCache, make_policy
-from fomoe.experts.car import CarOptions
+from fomoe.experts.car_options import CarOptions
 from fomoe.experts.routes import DECODE, PROMPT, RouteShape, RouteWriter
 
 LAYERS, EXPERTS, K = 3, 24, 4

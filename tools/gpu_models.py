@@ -20,7 +20,7 @@ from typing import Any
 
 from fomoe.bench import BenchTest, Sample, TokenSource, decode_bytes, run_sample
 from fomoe.engine import Engine
-from fomoe.experts.car import CarOptions
+from fomoe.experts.car_options import CarOptions
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from gpu_launches import record

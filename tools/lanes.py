@@ -18,7 +18,8 @@ from fomoe.config import EngineOptions
 from fomoe.engine import Engine
 from fomoe.experts.backfill import BackfillQueue
 from fomoe.experts.cache import ExpertCache, make_policy
-from fomoe.experts.car import CacheAwareRouter, CarOptions, use_amounts
+from fomoe.experts.car import CacheAwareRouter, use_amounts
+from fomoe.experts.car_options import CarOptions
 from fomoe.experts.predict import Prefetcher
 from fomoe.kernels.ops import Routing
 from fomoe.loading import Loaded, load

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fomoe.errors import FormatError
-from fomoe.experts.car import CarOptions
+from fomoe.experts.car_options import CarOptions
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

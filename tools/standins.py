@@ -13,7 +13,8 @@ from replay import Drive
 from routings import Trace
 
 from fomoe.experts.cache import ExpertCache, make_policy
-from fomoe.experts.car import CacheAwareRouter, CarOptions, CarStats, use_amounts
+from fomoe.experts.car import CacheAwareRouter, CarStats, use_amounts
+from fomoe.experts.car_options import CarOptions
 
 
 @dataclass(slots=True)

@@ -15,7 +15,7 @@ from fomoe.config import parse_size, parse_sizes
 from fomoe.demo import DEMO_MODEL
 from fomoe.engine import Engine, Opening
 from fomoe.errors import RequestError
-from fomoe.experts.car import CarOptions
+from fomoe.experts.car_options import CarOptions
 from fomoe.plan import MemoryPlan
 
 

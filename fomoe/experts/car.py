@@ -1,145 +1,31 @@
 """Who may stand in: cache-aware routing (CAR) replaces picks whose reads would stall.
 
-Owns: the rules, their options and bounds, and the meter of what they change. Does not know: slots,
-reads, time; the caller says which experts will be there in time.
+Owns: the rules, and the meter of what they change. Does not know: slots, reads, time; the caller
+says which experts will be there in time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import exp, inf, isfinite, log
-from typing import Literal, get_args
+from math import exp, log
 
 import numpy as np
 import numpy.typing as npt
 
 from fomoe.errors import RequestError
-from fomoe.kernels.device import StandInRule
+from fomoe.experts.car_options import CarOptions
 
 F32Array = npt.NDArray[np.float32]
 I32Array = npt.NDArray[np.int32]
 BoolArray = npt.NDArray[np.bool_]
 
-Rule = Literal["off", "budget", "light", "ratio", "prior", "max-rank"]
-Weights = Literal["dampen", "renorm"]
-
-# What a rule's name alone stands for, and "on" for the rule to be had without naming one: at every
-# number of slots it lost least for the reads that it saved (tools/studies/fidelity.md).
-_USUAL = {
-    "on": "budget:0.28",
-    "budget": "budget:0.28",
-    "light": "light:1",
-    "ratio": "ratio:0.35",
-    "prior": "prior:0.25",
-    "max-rank": "max-rank:1,32",
-}
-_RANGE_DECAY = 0.95  # of the running logit range, per token (Skliar et al., 2412.00099)
+# What a token's range of logits counts in the running one (Skliar et al., 2412.00099).
+RANGE_GAIN = 0.05
 # The budget's limit on a pick's weight, in mean weights, follows what was moved in 16 tokens or so.
 # A pick of twice the mean always stays, whatever is left of the budget.
 _BUDGET_GAIN = 1 / 16
 _LIMITS = (0.25, 2.0)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CarOptions:
-    """Which stand-ins are allowed.
-
-    light     for picks of at most `value` times the mean weight of a layer's picks; the best that
-              is there, whatever its distance
-    budget    as light, with a multiple that follows, so that over some tens of tokens the displaced
-              experts' share of the picks' weight is `value` at most
-    ratio     C for E when p_C / p_E >= value (FOMOE's rule; best pairs first)
-    prior     top-k of z + value * D for experts that are there, D the layer's running logit range
-    max-rank  the best of the true top `max_rank` that are there, whatever their distance
-
-    Under every rule the true top `top_j` stay, and the displaced experts' share of the picks'
-    weight is at most `max_mass` per token and layer. Weights come from the router's own
-    probabilities: "dampen" keeps their normaliser, so that what a stand-in lacks is dropped;
-    "renorm" gives the selection the sum that the picks had.
-    """
-
-    rule: Rule = "off"
-    value: float = 0.0
-    max_rank: int = 0
-    top_j: int = 1
-    max_mass: float = 1.0
-    weights: Weights = "dampen"
-
-    def __post_init__(self) -> None:
-        if self.rule not in get_args(Rule):
-            raise RequestError(f"no CAR rule {self.rule!r}; there are {', '.join(get_args(Rule))}")
-        if self.weights not in get_args(Weights):
-            raise RequestError(f"CAR weights are dampen or renorm, not {self.weights!r}")
-        if self.rule == "ratio" and not 0.0 < self.value <= 1.0:
-            raise RequestError(f"CAR ratio: 0 < tau <= 1, not {self.value:g}")
-        if self.rule == "budget" and not 0.0 < self.value < 1.0:
-            raise RequestError(f"CAR budget: 0 < share of the weight < 1, not {self.value:g}")
-        if self.rule in ("light", "prior") and not (self.value > 0.0 and isfinite(self.value)):
-            raise RequestError(f"CAR {self.rule}: a positive number, not {self.value:g}")
-        if self.rule == "max-rank" and self.max_rank <= self.top_j:
-            raise RequestError(
-                f"CAR max-rank: M must exceed J, but J is {self.top_j} and M {self.max_rank}"
-            )
-        if self.top_j < 0:
-            raise RequestError(f"CAR top-j is a number of experts, not {self.top_j}")
-        if not 0.0 < self.max_mass <= 1.0:
-            raise RequestError(f"CAR max-mass: 0 < mass <= 1, not {self.max_mass:g}")
-
-    @property
-    def device_rule(self) -> StandInRule:
-        """The same for a router on a device."""
-        limits = {"ratio": -log(self.value or 1.0), "prior": self.value}
-        return StandInRule(
-            rule=self.rule,
-            limit=limits.get(self.rule, inf),
-            top_j=self.top_j,
-            max_rank=self.max_rank,
-            max_mass=self.max_mass,
-            renorm=self.weights == "renorm",
-            range_gain=1.0 - _RANGE_DECAY,
-        )
-
-    @staticmethod
-    def parse(
-        rule: str,
-        *,
-        top_j: int | None = None,
-        max_mass: float | None = None,
-        weights: str | None = None,
-    ) -> CarOptions:
-        """Options from text such as "off", "on", "budget:0.28", "light:1", "ratio:0.35",
-        "prior:0.12" or "max-rank:2,12" (J and M), or from a rule's name alone. Raises
-        RequestError."""
-        if rule == "max-rank" and top_j is not None:
-            rule = f"max-rank:{top_j},32"
-        name, _, text = _USUAL.get(rule, rule).partition(":")
-        try:
-            numbers = [float(part) for part in text.split(",")] if text else []
-        except ValueError:
-            numbers = []
-        expected = {"off": 0, "budget": 1, "light": 1, "ratio": 1, "prior": 1, "max-rank": 2}.get(
-            name
-        )
-        whole = name != "max-rank" or all(number.is_integer() for number in numbers)
-        if expected is None or len(numbers) != expected or (text and not numbers) or not whole:
-            raise RequestError(
-                f"CAR rule {rule!r} is not one of off, on, budget:SHARE, light:TIMES, ratio:TAU,"
-                " prior:LAMBDA, max-rank:J,M"
-            )
-        if name == "max-rank":
-            if top_j not in (None, int(numbers[0])):
-                raise RequestError(f"CAR rule {rule!r} names its own top-j; drop the other one")
-            top_j = int(numbers[0])
-        default = CarOptions()
-        return CarOptions(
-            rule=name,  # type: ignore[arg-type]  # __post_init__ checks it
-            value=numbers[0] if expected == 1 else 0.0,
-            max_rank=int(numbers[1]) if expected == 2 else 0,
-            top_j=default.top_j if top_j is None else top_j,
-            max_mass=default.max_mass if max_mass is None else max_mass,
-            weights=default.weights if weights is None else weights,  # type: ignore[arg-type]
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,8 +96,9 @@ class CacheAwareRouter:
         self.options = options
         self.stats = CarStats()
         self._ranges = [0.0] * num_layers
-        # Of the mean weight: what a pick may weigh to be replaced, under light and budget.
-        self.limit = options.value if options.rule == "light" else 1.0
+        # Under light and budget, what a pick may weigh to be replaced, in mean weights; ratio's and
+        # prior's do not change.
+        self.limit = options.limit
 
     def select(
         self, layer: int, logits: F32Array, ids: I32Array, weights: F32Array, available: BoolArray
@@ -222,20 +109,45 @@ class CacheAwareRouter:
         resident, or in flight and landing before the resident experts of this layer have been
         computed. A read that one token of the step needs anyway is no cost to the others.
         """
-        stats = self.stats
-        stats.picks += ids.size
-        stats.token_layers += len(ids)
         if self.options.rule == "prior":
             self._follow_range(layer, logits)
         chosen = self.preview(layer, logits, ids, weights, available)
+        self._note(chosen)
+        return chosen
+
+    def adopt(
+        self,
+        layer: int,
+        logits: F32Array,
+        ids: I32Array,
+        weights: F32Array,
+        used_ids: I32Array,
+        used_weights: F32Array,
+    ) -> Selection:
+        """As select, where a device has chosen by the same rule: used_ids and used_weights [T, k]
+        for the router's ids and weights."""
+        if self.options.rule == "prior":
+            self._follow_range(layer, logits)
+        displaced = []
+        for token, rank in zip(*np.nonzero(ids != used_ids), strict=True):
+            share = float(weights[token, rank]) / float(weights[token].sum())
+            displaced.append((int(ids[token, rank]), share))
+        moved = sum(share for _, share in displaced)
+        chosen = Selection(used_ids, used_weights, displaced, moved)
+        self._note(chosen)
+        return chosen
+
+    def _note(self, chosen: Selection) -> None:
+        stats = self.stats
+        stats.picks += chosen.ids.size
+        stats.token_layers += len(chosen.ids)
+        stats.substitutions += len(chosen.displaced)
+        stats.moved_mass += chosen.moved_mass
         if chosen.displaced:
-            stats.substitutions += len(chosen.displaced)
-            stats.moved_mass += chosen.moved_mass
             displaced = {expert for expert, _ in chosen.displaced}
             stats.reads_avoided += len(displaced.difference(chosen.ids.ravel().tolist()))
         if self.options.rule == "budget":
-            self._follow_budget(chosen.moved_mass / len(ids))
-        return chosen
+            self._follow_budget(chosen.moved_mass / len(chosen.ids))
 
     def preview(
         self, layer: int, logits: F32Array, ids: I32Array, weights: F32Array, available: BoolArray
@@ -271,7 +183,7 @@ class CacheAwareRouter:
     def _follow_range(self, layer: int, logits: F32Array) -> None:
         for spread in (logits.max(axis=1) - logits.min(axis=1)).tolist():
             old = self._ranges[layer]
-            self._ranges[layer] = old + (1.0 - _RANGE_DECAY) * (spread - old) if old else spread
+            self._ranges[layer] = old + RANGE_GAIN * (spread - old) if old else spread
 
     def _displace(
         self, layer: int, z: F32Array, ids: I32Array, weights: F32Array, available: BoolArray
@@ -317,13 +229,11 @@ class CacheAwareRouter:
                 (rank, c, float(z[picks[rank]]) - value)
                 for rank, (c, value) in zip(absent, _descending(worth), strict=False)
             ]
-            yield from sorted(
-                (p for p in pairs if p[2] <= -log(options.value)), key=lambda pair: pair[2]
-            )
+            yield from sorted((p for p in pairs if p[2] <= self.limit), key=lambda pair: pair[2])
             return
         limit, floor = np.inf, -np.inf
         if options.rule == "prior":
-            limit = options.value * self._ranges[layer]
+            limit = self.limit * self._ranges[layer]
         elif options.rule == "max-rank":
             last = max(len(z) - options.max_rank, 0)
             floor = float(np.partition(z, last)[last])

@@ -5,74 +5,54 @@ slot is never written to while a kernel or a copy may read it. Does not know: ho
 stays (cache.py) or what is worth a copy (placement.py), what is computed. All methods run on the
 event loop's thread, and none waits for the device.
 
-A slot holds a resident expert, or it is one of the *staging* slots, which go round: those that have
-been free for longest are filled next, while the others are being consumed. Half of them are enough
-for the misses of one layer, so one half fills while the other is computed. A slot that goes back
-carries the event after which it may be written to, and the stream of copies waits for that event
-itself. An expert that comes to stay keeps the slot it was copied into, and the slot of the one that
-leaves for it becomes a staging slot: nothing is copied twice.
+An expert that comes to stay keeps the staging slot (device_slots.py) that it was copied into, and
+the slot of the one that leaves for it becomes a staging slot: nothing is copied twice. The one that
+leaves goes to the host's memory (`below`) where it is worth more there than who would make room.
 """
 
 from __future__ import annotations
 
-import time
-from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 
 from fomoe.experts.cache import Below, BoolArray, ExpertCache, Policy
+from fomoe.experts.device_copies import DeviceCopies, Sources, TierStats
 from fomoe.experts.device_layout import DeviceLayout
+from fomoe.experts.device_slots import DeviceSlots
+from fomoe.experts.device_table import DeviceTable
 from fomoe.experts.layer import Resident
-from fomoe.kernels.device import Device, Event
+from fomoe.kernels.device import LIMIT_BYTES, Device, Event
 from fomoe.kernels.ops import A
-from fomoe.trace import Kind, Tracer
-
-Sources = Callable[[Sequence[Resident]], None]
+from fomoe.trace import Tracer
 
 
-@dataclass(slots=True)
-class TierStats:
-    """Counters since the tier was made; picks and uses as in ExpertStore's."""
+class TierBelow(Protocol):
+    """The host's memory, as the device's tier sees it."""
 
-    picks: int = 0
-    pick_hits: int = 0
-    uses: int = 0
-    hits: int = 0
-    staged_hits: int = 0  # uses of experts that were being copied ahead
-    copied: int = 0  # experts copied to the device
-    copied_ahead: int = 0
-    copied_bytes: int = 0
-    host_uses: int = 0  # uses that the processor computed
+    def take_down(self, layer: int, expert: int) -> Resident | None:
+        """Room for an expert that leaves the device, or None where it deserves none. It stays taken
+        until lowered() is called."""
 
-
-class DeviceSlots:
-    """Slots of one size: `capacity` for layers to take, and `staging` that go round."""
-
-    def __init__(self, device: Device, slot_bytes: int, capacity: int, staging: int) -> None:
-        self.slot_bytes = slot_bytes
-        self.num_slots = capacity + staging
-        self.half = staging // 2
-        base = device.allocate((capacity + staging) * slot_bytes)
-        addresses = [base + i * slot_bytes for i in range(capacity + staging)]
-        self.free = addresses[staging:]
-        # With the event after which each may be written to, those free for longest first.
-        self.ring: deque[tuple[int, Event | None]] = deque((a, None) for a in addresses[:staging])
+    def lowered(self, layer: int, expert: int) -> None:
+        """The expert's bytes are in that room."""
 
 
 @dataclass(slots=True, eq=False)
 class _Layer:
+    index: int
     layout: DeviceLayout
     cache: ExpertCache
     slots: DeviceSlots
-    table: A  # int64 [experts, 3] in device memory
-    mirror: npt.NDArray[Any]  # what the table will be once what is queued has been done
+    table: DeviceTable  # int64 [experts, 3]: what the kernels will find
+    offered: DeviceTable  # uint8 [LIMIT_BYTES + experts]: what stand-ins are chosen by
     arriving: dict[int, tuple[int, Event]] = field(default_factory=dict)  # to stay: slot, copied
     ahead: dict[int, tuple[int, Event]] = field(default_factory=dict)  # for the next step only
-    changed: bool = False
+    seeds: dict[int, tuple[int, Event]] = field(default_factory=dict)  # enter at the next begin
+    is_open: bool = False  # its turn has begun and not ended
 
 
 class DeviceTier:
@@ -91,15 +71,17 @@ class DeviceTier:
         tracer: Tracer | None = None,
     ) -> None:
         self.device = device
-        self._number, self._tracer = number, tracer
         self.stats = TierStats()
+        self._copies = DeviceCopies(device, self.stats, number, tracer)
+        self.below: TierBelow | None = None
         self._layers = {
             i: _Layer(
+                i,
                 layouts[i],
                 cache,
                 slots[i],
-                device.array((cache.num_experts, 3), np.int64),
-                device.host_array((cache.num_experts, 3), np.int64),
+                DeviceTable(device, (cache.num_experts, 3), np.int64),
+                DeviceTable(device, (LIMIT_BYTES + cache.num_experts,), np.uint8),
             )
             for i, cache in caches.items()
         }
@@ -110,9 +92,23 @@ class DeviceTier:
         return Below(cache.policy, cache.resident)
 
     def table(self, layer: int) -> A | None:
-        """The layer's table, or None while nothing is in it."""
+        """The layer's table of addresses, or None where it has no slots."""
         state = self._layers[layer]
-        return state.table if len(state.cache) > len(state.arriving) else None
+        return state.table.array if state.cache.capacity else None
+
+    def offered(self, layer: int) -> A:
+        """As DeviceOps.stand_ins has it: what offer() was given last."""
+        return self._layers[layer].offered.array
+
+    def offer(self, layer: int, available: BoolArray, limit: float) -> None:
+        """Stand-ins of the step that is queued from here on may be these experts, bool [experts]:
+        no use of theirs would stall. `limit`: of the rule, as it is now."""
+        table, now = self._layers[layer].offered, np.array([limit, 0.0]).view(np.uint8)
+        if not np.array_equal(table.mirror[:LIMIT_BYTES], now):
+            table[:LIMIT_BYTES] = now
+        if not np.array_equal(table.mirror[LIMIT_BYTES:], available):
+            table[LIMIT_BYTES:] = available
+        table.publish()
 
     def resident(self, layer: int) -> BoolArray:
         """Experts that the device holds or will hold when the layer's turn comes, bool [experts].
@@ -122,7 +118,13 @@ class DeviceTier:
     def holds(self, layer: int, expert: int) -> bool:
         """The layer's next step need not bring the expert."""
         state = self._layers[layer]
-        return bool(state.cache.resident[expert]) or expert in state.ahead
+        here = state.cache.resident[expert] or expert in state.ahead or expert in state.seeds
+        return bool(here)
+
+    def holds_all(self, layer: int) -> bool:
+        """No step of the layer need bring any expert."""
+        cache = self._layers[layer].cache
+        return len(cache) == cache.num_experts
 
     def tick(self, layer: int, clock: int) -> None:
         """The policy, which the host's tier shares, was told of uses at this time."""
@@ -131,11 +133,19 @@ class DeviceTier:
     def begin(self, layer: int) -> None:
         """A layer's turn has come: what was copied since its last one becomes part of its table."""
         state = self._layers[layer]
+        state.is_open = True
+        for expert, (slot, copied) in state.seeds.items():
+            if state.cache.resident[expert]:  # it came by itself meanwhile
+                state.slots.free.append(slot)
+            else:
+                state.cache.admit(expert, slot)
+                state.arriving[expert] = slot, copied
+        state.seeds.clear()
         for expert, (slot, copied) in state.arriving.items():
             self.device.compute.wait(copied)
             self._enter(state, expert, slot)
         state.arriving.clear()
-        self._publish(state)
+        state.table.publish()
 
     def missing(self, layer: int, counts: Mapping[int, int]) -> list[int]:
         """Of the experts that a step needs, by their tokens, those that are not in the table."""
@@ -159,14 +169,15 @@ class DeviceTier:
                 self.device.compute.wait(copied)
                 found.append(state.layout.resident(expert, slot))
             else:
-                state.slots.ring.append((slot, copied))
+                state.slots.give(slot, copied)
         state.ahead.clear()
         self.stats.staged_hits += len(found)
         return found
 
-    def drop_ahead(self) -> None:
-        """No step will ask for what was copied ahead."""
+    def end_all(self) -> None:
+        """No step goes on: none will ask for what was copied ahead."""
         for layer, state in self._layers.items():
+            state.is_open = False
             if state.ahead:
                 self.take_ahead(layer, ())
 
@@ -210,7 +221,7 @@ class DeviceTier:
                 state.cache.admit(expert, slot)
                 self._enter(state, expert, slot)
             else:
-                state.slots.ring.append((slot, event))
+                state.slots.give(slot, event)
 
     def promote(
         self, layer: int, experts: Sequence[Resident], picked: Sequence[int], copied: Sources
@@ -236,64 +247,63 @@ class DeviceTier:
                 state.arriving[expert[0]] = slot, done
         return chosen
 
+    def is_open(self, layer: int) -> bool:
+        """The layer's turn has begun and not ended."""
+        return self._layers[layer].is_open
+
+    def room(self, layer: int) -> int:
+        """Experts that the layer may still seed."""
+        state = self._layers[layer]
+        return state.cache.capacity - len(state.cache) - len(state.seeds)
+
+    def seed(self, layer: int, expert: Resident, copied: Sources) -> None:
+        """Queue the copy of an expert into one of the slots that the layer has not filled, where
+        there is `room`: it is there at the layer's next step. `copied` as in copy()."""
+        state = self._layers[layer]
+        slot = state.slots.free.pop()
+        copy = self._copies.up(layer, state.layout, [(expert, slot)], copied)
+        state.seeds[expert[0]] = slot, copy
+
     def end(self, layer: int) -> None:
         """A layer's step is over, and all of its kernels have been queued."""
-        self._publish(self._layers[layer])
+        state = self._layers[layer]
+        state.table.publish()
+        state.is_open = False
 
     def _upload(
         self, layer: int, experts: Sequence[Resident], copied: Sources, *, ahead: bool = False
     ) -> tuple[list[int], Event]:
-        uploads, state = self.device.uploads, self._layers[layer]
-        begin = time.perf_counter_ns()
-        slots = []
-        for expert in experts:
-            slot, free = state.slots.ring.popleft()
-            if free is not None and not free.done():
-                uploads.wait(free)
-            for target, source, nbytes in state.layout.copies(expert, slot):
-                uploads.copy(target, source, nbytes)
-            slots.append(slot)
-        event = uploads.record()
-        self.stats.copied += len(experts)
-        self.stats.copied_bytes += len(experts) * state.layout.expert_bytes
-
-        def done() -> None:
-            self._note(layer, experts, begin, ahead)
-            copied(experts)
-
-        self.device.when(event, done)
-        return slots, event
-
-    def _note(self, layer: int, experts: Sequence[Resident], begin: int, ahead: bool) -> None:
-        if self._tracer is None:
-            return
-        end, nbytes = time.perf_counter_ns(), self._layers[layer].layout.expert_bytes
-        for expert in experts:
-            self._tracer.event(
-                Kind.COPY, begin, end, layer, expert[0], a=nbytes, b=2 * self._number + ahead
-            )
+        state = self._layers[layer]
+        slots = [state.slots.next(self.device.uploads) for _ in experts]
+        pairs = list(zip(experts, slots, strict=True))
+        return slots, self._copies.up(layer, state.layout, pairs, copied, ahead=ahead)
 
     def _make_room(self, state: _Layer, expert: int, picked: Sequence[int], event: Event) -> bool:
         """Whether the layer has a slot for the expert; the slot that it gives up for it goes to
         staging, to be written to after `event`."""
         cache = state.cache
-        if len(cache) < cache.capacity:
-            state.slots.ring.append((state.slots.free.pop(), None))
+        if self.room(state.index):
+            state.slots.give(state.slots.free.pop(), None)
             return True
         victim = cache.victim([*picked, *state.arriving], newcomer=expert)
         if victim is None:
             return False
-        state.slots.ring.append((cache.evict(victim), event))
-        state.mirror[victim] = 0
-        state.changed = True
+        slot = cache.evict(victim)
+        state.table[victim] = 0
+        state.slots.give(slot, self._lower(state, victim, slot, event))
         return True
 
-    def _enter(self, state: _Layer, expert: int, slot: int) -> None:
-        state.mirror[expert] = state.layout.resident(expert, slot)[1:]
-        state.changed = True
+    def _lower(self, state: _Layer, expert: int, slot: int, event: Event) -> Event:
+        """Copy an expert whose slot nobody uses after `event` to the host's memory, if it is worth
+        room there; the event after which the slot may be written to."""
+        below = self.below
+        if below is None:
+            return event
+        room = below.take_down(state.index, expert)
+        if room is None:
+            return event
+        lowered = partial(below.lowered, state.index, expert)
+        return self._copies.down(state.layout, slot, room, event, lowered)
 
-    def _publish(self, state: _Layer) -> None:
-        if state.changed:
-            device, mirror = self.device, state.mirror
-            device.compute.copy(device.address(state.table), mirror.ctypes.data, mirror.nbytes)
-            state.changed = False
+    def _enter(self, state: _Layer, expert: int, slot: int) -> None:
+        state.table[expert] = state.layout.resident(expert, slot)[1:]

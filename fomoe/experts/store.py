@@ -33,7 +33,7 @@ from fomoe.io.reader import Priority, Reader, ReadRequest
 from fomoe.trace import Tracer
 
 # Experts on their way at a time while the cache is being seeded.
-_SEEDS_AHEAD = 4
+SEEDS_AHEAD = 4
 
 
 class ExpertStore:
@@ -129,10 +129,14 @@ class ExpertStore:
         self._landing.clear()
         await self._landing.wait()
 
+    def capacities(self) -> list[int]:
+        """Of each layer, experts that seed() finds slots for."""
+        return [state.cache.capacity for state in self._layers]
+
     async def seed(self, order: Sequence[tuple[int, int]]) -> None:
         """Read experts (layer, expert) in the background, in this order, into free slots."""
         for layer, expert in order:
-            while self.num_ahead >= _SEEDS_AHEAD:
+            while self.num_ahead >= SEEDS_AHEAD:
                 await self._next_landing()
             cache = self._layers[layer].cache
             if len(cache) < cache.capacity:

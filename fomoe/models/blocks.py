@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from itertools import accumulate, pairwise
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -172,10 +173,11 @@ class Layer:
             assert cache is not None, "attention without a cache"
             self._ops.mix_attention(mixer, x, buffers, cache, segments)
 
-    def route(self, x: A) -> Routing:
-        """What the router says of x [T, hidden], which may be another layer's residual stream."""
-        p = self._parts
-        return self._ops.route(p.moe, x, p.norm, p.eps, p.router)
+    def route(self, x: A, stand_ins: Any = None) -> Routing:
+        """What the router says of x [T, hidden], which may be another layer's residual stream;
+        `stand_ins` as in DeviceOps.route, where that is the backend."""
+        p, more = self._parts, () if stand_ins is None else (stand_ins,)
+        return self._ops.route(p.moe, x, p.norm, p.eps, p.router, *more)
 
     def experts(self, routing: Routing) -> MoeCall:
         """Begin the experts of this layer. The shared one may be computed from now on."""

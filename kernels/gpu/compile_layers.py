@@ -155,10 +155,10 @@ def _routing() -> list[Kernel]:
                 f"stand-ins {rule}", car.select_kernel,
                 {
                     "*fp32": "logits weights new_weights", "*i32": "ids new_ids",
-                    "*u8": "available", "*fp64": "spread terms", "i32": "tokens",
+                    "*u8": "available", "*fp64": "limit_at spread terms", "i32": "tokens",
                 },
                 shape | dict(RULE=rule, TOP_J=2, MAX_RANK=20, RENORM=True), 1,
             )
-            for rule in ("ratio", "prior", "max-rank")
+            for rule in ("light", "ratio", "prior", "max-rank")
         ),
     ]  # fmt: skip

@@ -5,9 +5,10 @@ files, which experts are where.
 
 Nothing waits for the device: every operation queues its launches on torch's current stream. What a
 router says is copied into pinned host memory behind them; the kernels of the experts take it where
-it is, on the device. What changes from token to token (positions, pages, states) is read from
-tables in device memory, so that `fixed_part` may record a layer's launches once, as a CUDA graph,
-and play them back. On a device without graphs it just launches.
+it is, on the device. What changes from token to token (positions, pages, states, who is there) is
+read from tables in device memory, and what a layer hands to the next lies where it always does: so
+`fixed_part` may record a layer's launches once, as a CUDA graph, and play them back. On a device
+without graphs it just launches.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ from fomoe.kernels.device import StandInRule
 from fomoe.kernels.gpu.attention import AttentionScratch, attend
 from fomoe.kernels.gpu.delta import DeltaScratch, delta_net, solved_floats
 from fomoe.kernels.gpu.embed import embed
+from fomoe.kernels.gpu.fixed import FixedParts
 from fomoe.kernels.gpu.matmul import matmul
 from fomoe.kernels.gpu.matvec import MAX_TOKENS as MATVEC_TOKENS
 from fomoe.kernels.gpu.matvec import matvec
-from fomoe.kernels.gpu.moe_call import GpuMoeCall
+from fomoe.kernels.gpu.moe_call import GpuMoeCall, moe_sizes
 from fomoe.kernels.gpu.norm import rms_norm
-from fomoe.kernels.gpu.recorded import Recorded
-from fomoe.kernels.gpu.routing import GpuRouting, Mailbox, StandIns, choose, to_device
+from fomoe.kernels.gpu.routing import GpuRouting, StandIns, choose, room, to_device
 from fomoe.kernels.gpu.scratch import Scratch, scratch_floats
 from fomoe.kernels.gpu.shared import SharedExpert
 from fomoe.kernels.gpu.steps import SHORT, Steps
@@ -69,18 +70,23 @@ class GpuOps(UnfusedMixers):
         self.max_tokens = max_tokens
         self._steps = Steps(self.device, max_tokens)
         self._scratch = Scratch(self.device)
-        self._recorded: Recorded[Any] = Recorded(self.device)
-        self._mailbox: Mailbox | None = None  # of what is being recorded
-        self._stand_ins: dict[int, StandIns] = {}  # by id of the layer's router
+        self._main, self._aside = FixedParts(self.device), FixedParts(self.device)
+        self._fixed = self._main
         self._programs = _WAVES * _num_multiprocessors(self.device)
 
     def close(self) -> None:
         """Let go of all memory. Nothing may be queued."""
-        self._recorded.clear()
-        self._stand_ins.clear()
         self._scratch = Scratch(self.device)
+        self._main, self._aside = FixedParts(self.device), FixedParts(self.device)
 
-    def fixed_part(self, key: Hashable, segments: Sequence[Segment], launch: Callable[[], R]) -> R:
+    def fixed_part(
+        self,
+        key: Hashable,
+        segments: Sequence[Segment],
+        launch: Callable[[], R],
+        *,
+        aside: bool = False,
+    ) -> R:
         """Queue what `launch` queues by calling these operations, and return what it returned.
 
         For a step of the same number of one-token segments under the same key, what was queued is
@@ -89,25 +95,20 @@ class GpuOps(UnfusedMixers):
         its mailbox) is the same object every time. Longer steps are just launched.
         """
         self._steps.use(segments)
-        if any(s.length > 1 for s in segments):
+        if len(segments) > MATVEC_TOKENS or any(s.length > 1 for s in segments):
             return launch()
-        generation = self._steps.generation + self._scratch.generation
-
-        def launch_again(first: Any) -> Any:
-            self._mailbox = first.mailbox if isinstance(first, GpuRouting) else None
-            try:
-                return launch()
-            finally:
-                self._mailbox = None
-
-        result: R = self._recorded.run((key, len(segments)), launch_again, generation)
-        return result
+        moved = self._steps.generation + self._scratch.generation
+        self._fixed = self._aside if aside else self._main
+        try:
+            return self._fixed.run((key, len(segments)), launch, moved)
+        finally:
+            self._fixed = self._main
 
     # ---- memory ----
 
     @property
     def scratch_bytes(self) -> int:
-        return self._scratch.num_bytes
+        return self._scratch.num_bytes + self._main.num_bytes + self._aside.num_bytes
 
     def workspace_bytes(
         self,
@@ -126,8 +127,10 @@ class GpuOps(UnfusedMixers):
             + t * s.top_k * (s.ff + s.hidden + 4)  # of every pick
             for s in moe
         ]
+        routed, experts = _fixed_floats(moe, shared_ff)
+        floats = self._scratch_floats(widths, attention, delta) + 2 * routed + experts
         # Two routings may be alive, and torch rounds blocks up.
-        return 4 * self._scratch_floats(widths, attention, delta) + 6 * max(held, default=0)
+        return 4 * floats + 6 * max(held, default=0)
 
     def reserve(
         self,
@@ -140,6 +143,10 @@ class GpuOps(UnfusedMixers):
     ) -> None:
         """Allocate the scratch of a model, so that no later call does."""
         self._scratch.reserve(self._scratch_floats(widths, attention, delta))
+        routed, experts = _fixed_floats(moe, shared_ff)
+        self._main.routed.reserve(routed)
+        self._main.experts.reserve(experts)
+        self._aside.routed.reserve(routed)
 
     def _scratch_floats(
         self,
@@ -264,28 +271,53 @@ class GpuOps(UnfusedMixers):
             out,
         )  # fmt: skip
 
-    def stand_ins(self, router: GpuWeight, rule: StandInRule, available: Any) -> StandIns:
-        """Let `route` with this router choose stand-ins on the device from now on, for single
-        tokens; `available`: uint8 [experts] in device memory."""
-        made = self._stand_ins[id(router)] = StandIns(rule, available)
-        return made
+    def stand_ins(self, spec: MoeSpec, rule: StandInRule, offered: Any) -> StandIns:
+        return StandIns(rule, offered)
 
-    def route(self, spec: MoeSpec, x: Any, norm: Any, eps: float, router: GpuWeight) -> GpuRouting:
-        """As in Ops; ids, weights and logits are valid on the host after an event."""
-        h = torch.empty_like(x)
+    def route(
+        self,
+        spec: MoeSpec,
+        x: Any,
+        norm: Any,
+        eps: float,
+        router: GpuWeight,
+        stand_ins: StandIns | None = None,
+    ) -> GpuRouting:
+        """As in Ops; what is for the host is valid there after an event."""
+        t = len(x)
+        parts = self._fixed.take(self._fixed.routed, _routed_sizes(spec, t))
+        h, logits = parts[0].view(t, spec.hidden), parts[1].view(t, spec.num_experts)
         rms_norm(x, norm, h, eps)
-        logits = self.buffer(len(x), spec.num_experts)
         self._multiply(h, (router,), (logits,))
-        return choose(spec, h, logits, self._stand_ins.get(id(router)), self._mailbox)
+        words = parts[2].view(torch.int32)
+        return choose(spec, h, logits, stand_ins, words, self._fixed.mailbox)
 
     def moe(self, spec: MoeSpec, routing: Routing, shared: SharedExpert | None) -> GpuMoeCall:
-        return GpuMoeCall(spec, routing, shared, self._multiply)
+        assert isinstance(routing, GpuRouting)
+        memory = self._fixed.take(self._fixed.experts, moe_sizes(spec, shared, len(routing.h)))
+        return GpuMoeCall(spec, routing, shared, self._multiply, memory)
 
     def layer(self, parts: LayerParts) -> UnfusedLayer:
         return UnfusedLayer(self, parts)
 
     def trunk(self, layers: Sequence[Any]) -> UnfusedTrunk:
         return UnfusedTrunk()
+
+
+def _routed_sizes(spec: MoeSpec, tokens: int) -> tuple[int, int, int]:
+    """Floats of a router's input, its logits, and what is made of them."""
+    return tokens * spec.hidden, tokens * spec.num_experts, room(spec, tokens)
+
+
+def _fixed_floats(moe: Sequence[MoeSpec], shared_ff: int) -> tuple[int, int]:
+    """What fixed parts need of memory of their own: routers, and experts."""
+    t = MATVEC_TOKENS
+    routed = [scratch_floats(*_routed_sizes(s, t)) for s in moe]
+    experts = [
+        scratch_floats(*moe_sizes(s, None, t), t * s.hidden, t * shared_ff, t * shared_ff, t)
+        for s in moe
+    ]
+    return max(routed, default=0), max(experts, default=0)
 
 
 def _delta_sizes(spec: DeltaSpec, num_tokens: int, num_segments: int) -> tuple[int, int]:

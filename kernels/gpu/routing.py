@@ -1,11 +1,12 @@
 """What a router says, on the device and in the host's mailbox.
 
-Owns: the launches from a layer's input to its picks, and the copy to the host. Does not know: where
-experts lie, when the copy has landed (an event after it tells).
+Owns: the launches from logits to what is to be computed, and the copy to the host. Does not know:
+where experts lie, when the copy has landed (an event after it tells).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,10 +14,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fomoe.kernels.device import StandInRule
+from fomoe.kernels.device import LIMIT_BYTES, StandInRule
 from fomoe.kernels.gpu.car import select
 from fomoe.kernels.gpu.route import pick
-from fomoe.kernels.ops import F32Array, I32Array, MoeSpec, Routing
+from fomoe.kernels.ops import MoeSpec, Routing
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,38 +34,20 @@ class Mailbox:
         made = (torch.empty_like(a, device="cpu", pin_memory=a.is_cuda) for a in (picks, logits))
         return Mailbox(*made)
 
+    def clear(self) -> None:
+        """Forget what came last: an expert that is none shows who reads it too early."""
+        self.picks.numpy()[0] = -1
 
-@dataclass(slots=True)
+
+@dataclass(slots=True, kw_only=True)
 class GpuRouting(Routing):
-    """`h` is of the device; `ids`, `weights` and `logits` are pinned host memory, valid once an
-    event recorded after the route has been reached.
-
-    `device_ids` and `device_weights` [T, top_k] are what the kernels take unless the host has put
-    other arrays into `ids` and `weights` than were sent. `picked_ids` and `picked_weights`: what
-    the router said where stand-ins were chosen on the device, else the same arrays.
-    """
+    """`h` is of the device; `ids`, `weights`, `picked` and `logits` are pinned host memory, valid
+    once an event recorded after the route has been reached. `device_ids` and `device_weights`
+    [T, top_k]: what the kernels take."""
 
     device_ids: Any
     device_weights: Any
-    picked_ids: I32Array
-    picked_weights: F32Array
-    sent_ids: I32Array
-    sent_weights: F32Array
     mailbox: Mailbox
-
-
-def device_picks(routing: Routing, device: Any) -> tuple[Any, Any]:
-    """ids and weights on the device: what the router left there, or what the host put in its
-    place."""
-    ids, weights = routing.ids, routing.weights
-    if (
-        isinstance(routing, GpuRouting)
-        and ids is routing.sent_ids
-        and weights is routing.sent_weights
-    ):
-        return routing.device_ids, routing.device_weights
-    ids, weights = np.ascontiguousarray(ids, np.int32), np.ascontiguousarray(weights, np.float32)
-    return to_device(ids, device), to_device(weights, device)
 
 
 def to_device(array: npt.NDArray[Any], device: Any) -> Any:
@@ -79,62 +62,65 @@ def to_device(array: npt.NDArray[Any], device: Any) -> Any:
 class StandIns:
     """Cache-aware routing of one layer on the device: its rule, and what it goes by.
 
-    `available`: uint8 [experts], written by whoever knows which reads would not stall, in the order
-    of the stream. The running range of logits starts at zero; `reset` forgets it.
+    `offered`: as DeviceOps.stand_ins has it, written by whoever knows which reads would not stall,
+    in the order of the stream.
     """
 
-    def __init__(self, rule: StandInRule, available: Any) -> None:
+    def __init__(self, rule: StandInRule, offered: Any) -> None:
         self.rule = rule
-        self.available = available
-        terms = (rule.limit, rule.max_mass, rule.range_gain)
-        device = available.device
+        self._limit = offered[:LIMIT_BYTES].view(torch.float64)[:1]
+        self._available = offered[LIMIT_BYTES:]
+        terms = (rule.max_mass, rule.range_gain)
+        device = offered.device
         self._terms = torch.tensor(terms, dtype=torch.float64, device=device)
         self._spread = torch.zeros(1, dtype=torch.float64, device=device)
-
-    def reset(self) -> None:
-        self._spread.zero_()
 
     def select(
         self, spec: MoeSpec, logits: Any, ids: Any, weights: Any, new_ids: Any, new_weights: Any
     ) -> None:
         select(
-            self.rule, spec, logits, ids, weights, self.available, self._spread, self._terms,
-            new_ids, new_weights,
+            self.rule, spec, logits, ids, weights, self._available, self._limit, self._spread,
+            self._terms, new_ids, new_weights,
         )  # fmt: skip
 
 
+def room(spec: MoeSpec, tokens: int) -> int:
+    """Words of 4 bytes that `choose` needs on the device."""
+    return 4 * tokens * spec.top_k
+
+
 def choose(
-    spec: MoeSpec, h: Any, logits: Any, stand_ins: StandIns | None, mailbox: Mailbox | None = None
+    spec: MoeSpec,
+    h: Any,
+    logits: Any,
+    stand_ins: StandIns | None,
+    words: Any,
+    mailbox_like: Callable[[Any, Any], Mailbox] = Mailbox.like,
 ) -> GpuRouting:
     """Pick from logits float32 [T, experts] on the device, and send all of it to the host: into
-    `mailbox`, which an earlier call of the same shapes made, or a new one."""
-    tokens, k = len(logits), spec.top_k
-    picks = tokens * k
-    num_sets = 2 if stand_ins else 1
-    # ids, then weights, of every set: one copy to the host.
-    device = torch.empty(2 * num_sets * picks, dtype=torch.int32, device=logits.device)
-    mailbox = mailbox or Mailbox.like(device, logits)
-    sets = [part.view(tokens, k) for part in device.split(picks)]
+    `mailbox_like` of it, which may be one that was used before. `words`: int32, `room` of them, on
+    the device; what is to be computed comes first, and stays there."""
+    tokens, picks = len(logits), len(logits) * spec.top_k
+    used = words[: (4 if stand_ins else 2) * picks]  # one copy to the host
+    mailbox = mailbox_like(used, logits)
+    sets = [part.view(tokens, spec.top_k) for part in used.split(picks)]
     ids, weights = sets[0], sets[1].view(torch.float32)
-    pick(spec, logits, ids, weights)
-    used = ids, weights
-    if stand_ins:
-        used = sets[2], sets[3].view(torch.float32)
-        stand_ins.select(spec, logits, ids, weights, *used)
-    mailbox.picks.copy_(device, non_blocking=True)
+    if stand_ins is None:
+        pick(spec, logits, ids, weights)
+    else:
+        picked = sets[2], sets[3].view(torch.float32)
+        pick(spec, logits, *picked)
+        stand_ins.select(spec, logits, *picked, ids, weights)
+    mailbox.picks.copy_(used, non_blocking=True)
     mailbox.logits.copy_(logits, non_blocking=True)
-    arrays = [part.view(tokens, k).numpy() for part in mailbox.picks.split(picks)]
-    host_ids, host_weights = arrays[-2], arrays[-1].view(np.float32)
+    arrays = [part.view(tokens, spec.top_k).numpy() for part in mailbox.picks.split(picks)]
     return GpuRouting(
         h=h,
         logits=mailbox.logits.numpy(),
-        ids=host_ids,
-        weights=host_weights,
-        device_ids=used[0],
-        device_weights=used[1],
-        picked_ids=arrays[0] if stand_ins else host_ids,
-        picked_weights=arrays[1].view(np.float32) if stand_ins else host_weights,
-        sent_ids=host_ids,
-        sent_weights=host_weights,
+        ids=arrays[0],
+        weights=arrays[1].view(np.float32),
+        picked=(arrays[2], arrays[3].view(np.float32)) if stand_ins else None,
+        device_ids=ids,
+        device_weights=weights,
         mailbox=mailbox,
     )

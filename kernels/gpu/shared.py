@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 
@@ -32,15 +31,22 @@ def activate_kernel(gate, up, count, BLOCK: tl.constexpr):
     tl.store(gate + at, g * sigmoid(g) * u, mask=at < count)
 
 
-def shared_expert(h: Any, weights: SharedExpert, multiply: Multiply) -> tuple[Any, Any | None]:
-    """down @ (silu(gate @ h) * (up @ h)) for h float32 [T, hidden], and the scalar gate's product
-    [T, 1] before its sigmoid, or None. `multiply` as Ops.linear without a norm."""
+def shared_sizes(weights: SharedExpert, tokens: int) -> list[int]:
+    """Floats of the parts of the memory that shared_expert works in."""
     gate, up, down, scalar = weights
-    by_h = [w for w in (gate, up, scalar) if w is not None]
-    outs = [h.new_empty((len(h), w.rows)) for w in by_h]
-    multiply(h, by_h, outs)
+    return [tokens * w.rows for w in (down, gate, up, scalar) if w is not None]
+
+
+def shared_expert(
+    h: Any, weights: SharedExpert, multiply: Multiply, memory: Sequence[Any]
+) -> tuple[Any, Any | None]:
+    """down @ (silu(gate @ h) * (up @ h)) for h float32 [T, hidden], and the scalar gate's product
+    [T, 1] before its sigmoid, or None. `multiply` as Ops.linear without a norm; `memory`: float32
+    of shared_sizes(), which both results are parts of."""
+    gate, up, down, scalar = weights
+    result, *outs = (part.view(len(h), -1) for part in memory)
+    multiply(h, [w for w in (gate, up, scalar) if w is not None], outs)
     count = outs[0].numel()
     activate_kernel[(triton.cdiv(count, _BLOCK),)](outs[0], outs[1], count, BLOCK=_BLOCK)
-    result = torch.empty_like(h)
     multiply(outs[0], [down], [result])
     return result, None if scalar is None else outs[2]

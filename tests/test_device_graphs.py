@@ -1,0 +1,161 @@
+"""What a token queues on a GPU whose graphs are made up: one for each layer where no expert is
+missing, and the same numbers as without graphs in any case."""
+
+import asyncio
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from toy import Toy, write_toy
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("triton")
+from fake_cuda import fake_library, install  # noqa: E402
+from fake_graphs import graphs  # noqa: E402
+
+import fomoe  # noqa: E402
+from fomoe import Engine  # noqa: E402
+from fomoe.experts.car import CacheAwareRouter  # noqa: E402
+from fomoe.experts.car_options import CarOptions  # noqa: E402
+from fomoe.experts.placement import Costs  # noqa: E402
+from fomoe.kernels.device_cuda import CudaDevice  # noqa: E402
+from fomoe.kernels.device_runtime import Runtime  # noqa: E402
+from fomoe.residency import Residency  # noqa: E402
+
+TOY = Toy(
+    hidden=32, layers=2, recurrent_layers=(True, False), experts=4, top_k=2, ff=32, heads=2,
+    kv_heads=1, shared_ff=32, head_dim=32, k_heads=1, v_heads=2, state_dim=32, vocab=290,
+)  # fmt: skip
+OPTIONS = {"context": 64, "ubatch": 16, "threads": 2, "cache_type": "f32", "device": "cuda:0"}
+IDS = [5, 17, 200, 33]
+DECIDE = ("pick_kernel", "select_kernel")
+
+
+@pytest.fixture
+def model(tmp_path):
+    """A toy model with some of its shape changed."""
+    return lambda **changes: write_toy(tmp_path / "toy.gguf", replace(TOY, **changes))
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    install(monkeypatch)
+    library = fake_library()
+
+    def opened(name):
+        return CudaDevice(name, 0, place=torch.device("cpu"), runtime=Runtime("cuda", library))
+
+    async def costs(device, helper, layers, *memory):
+        return {p.index: Costs(1e-9, 1.0, 1.0) for p, _ in layers}
+
+    def never(index):
+        raise AssertionError("the token path synchronises")
+
+    library.forbid = lambda: monkeypatch.setattr(torch.cuda, "synchronize", never)
+    monkeypatch.setattr("fomoe.fleet.open_device", opened)
+    monkeypatch.setattr("fomoe.fleet.measure_costs", costs)
+    monkeypatch.setattr("fomoe.host.resident_bytes", lambda: 300 << 20)
+    return library
+
+
+def run(main):
+    return asyncio.run(asyncio.wait_for(main, 300))
+
+
+async def feed(engine, ids, before_each=lambda: None):
+    """Logits after each id, one by one."""
+    rows = []
+    async for row in engine.feed([[i] for i in ids], max_tokens=len(ids)):
+        rows.append(np.array(row))
+        before_each()
+    return np.stack(rows)
+
+
+async def least(model, option, **options):
+    with pytest.raises(fomoe.BudgetError) as refusal:
+        await Engine.open(model, **{option: 1 << 16}, **options)
+    return int(str(refusal.value).split("needs ")[1].split(" MiB")[0]) << 20
+
+
+@pytest.mark.slow
+def test_graphs_change_nothing(model, cuda, monkeypatch):
+    path = model()
+
+    async def logits():
+        async with Engine.open(path, **OPTIONS) as engine:
+            return await feed(engine, IDS)
+
+    async def main():
+        plain = await logits()
+        with graphs(monkeypatch) as log:
+            return plain, await logits(), log.names.count("graph")
+
+    plain, recorded, played = run(main())
+    np.testing.assert_array_equal(recorded, plain)
+    assert played >= (len(IDS) - 2) * TOY.layers
+
+
+def test_a_token_without_misses_is_one_graph_a_layer(model, cuda, monkeypatch):
+    path = model(layers=3, recurrent_layers=(True, False, True), top_k=4)
+
+    async def main():
+        with graphs(monkeypatch, DECIDE) as log:
+            async with Engine.open(path, **OPTIONS) as engine:
+                await feed(engine, IDS)
+                assert all(p.tier.holds_all(i) for i, p in enumerate(engine.loaded.places))
+                cuda.forbid()
+                seen = []
+                await feed(engine, IDS, lambda: seen.append(len(log.names)))
+                return [log.names[a:b] for a, b in pairwise(seen)]
+
+    for names in run(main()):
+        begin, end = names.index("graph"), len(names) - names[::-1].index("graph")
+        assert names[begin:end] == ["graph"] * 3
+        # Before the layers the step's tables and the embedding, after them the sum of the last one
+        # and the head.
+        assert set(names[:begin]) == {"aten::copy_"}
+        assert names[end:] == ["combine_kernel", "rms_norm_kernel", "matvec_kernel", "aten::copy_"]
+
+
+@pytest.mark.parametrize("rule", ["budget:0.3", "prior:0.5"])
+def test_stand_ins_of_graphs_are_those_of_the_policy(model, cuda, monkeypatch, rule):
+    layers, top_k = 3, 4
+    path = model(layers=layers, recurrent_layers=(True, False, True), experts=16, top_k=top_k)
+    checked, known = [], {}
+    offer, adopt = Residency.offer, CacheAwareRouter.adopt
+    car = CarOptions.parse(rule)
+    policies = [CacheAwareRouter(car, 1, top_k) for _ in range(layers)]
+
+    def offered(self, layer):
+        known[layer] = offer(self, layer)
+        return known[layer]
+
+    def adopted(self, layer, logits, ids, weights, used_ids, used_weights):
+        available, policies[layer].limit = known[layer]
+        want = policies[layer].select(0, logits, ids, weights, available)
+        np.testing.assert_array_equal(used_ids, want.ids)
+        np.testing.assert_allclose(used_weights, want.weights, rtol=1e-5)
+        checked.append(len(want.displaced))
+        return adopt(self, layer, logits, ids, weights, used_ids, used_weights)
+
+    def products(x, weights, outs, add=False):
+        for out in outs:
+            out.normal_()
+
+    monkeypatch.setattr("fomoe.kernels.gpu.ops.matvec", products)
+    monkeypatch.setattr(Residency, "offer", offered)
+    monkeypatch.setattr(CacheAwareRouter, "adopt", adopted)
+
+    async def main():
+        with graphs(monkeypatch, DECIDE) as log:
+            vram = await least(path, "vram", **OPTIONS)
+            dram = await least(path, "dram", vram=vram, **OPTIONS)
+            async with Engine.open(path, dram=dram, vram=vram, car=car, **OPTIONS) as engine:
+                text = [t.id async for t in engine.generate("there", max_tokens=12)]
+                return text, engine.stats().residency.car, log.names.count("graph")
+
+    _, stats, played = run(main())
+    assert stats.substitutions == sum(checked) > 0
+    assert len(checked) == stats.token_layers
+    assert played
