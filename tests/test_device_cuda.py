@@ -119,5 +119,5 @@ def test_what_is_missing_is_named(monkeypatch):
     with pytest.raises(UnsupportedError, match="built for CUDA: use cuda:0"):
         open_device("hip")
     monkeypatch.setitem(sys.modules, "triton", None)
-    with pytest.raises(UnsupportedError, match="there is no triton: pip install"):
+    with pytest.raises(UnsupportedError, match="there is no triton: tools/setup gpu"):
         open_device("cuda")
