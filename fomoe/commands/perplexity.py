@@ -22,6 +22,8 @@ from fomoe.errors import FormatError, RequestError
 from fomoe.outputs import check_outputs, output_flags
 from fomoe.perplexity import Score, Window, log_softmax, windows
 
+# Rows scored at once: one of a large vocabulary is a megabyte, and scoring takes several of them.
+_ROWS = 16
 _BASE_MAGIC = "fomoe log-probabilities 1"
 
 
@@ -30,7 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("-f", "--file", type=Path, metavar="FILE", help="the text (default: standard input)")
     add("--chunks", type=int, default=-1, metavar="N", help="windows to score (default: all)")
     add("--stride", "--ppl-stride", type=int, default=0, metavar="N",
-        help="let windows overlap, N tokens apart; 0 scores the second half of each")  # fmt: skip
+        help="let windows overlap, N tokens apart, and score the last N of each (default: 0, they"
+        " do not overlap, and the second half of each is scored)")  # fmt: skip
     add("--kl-base", type=Path, metavar="FILE", help="write exact log-probabilities to a file")
     add("--kl", type=Path, metavar="FILE",
         help="compare with such a file: KL divergence, agreement, perplexity ratio")  # fmt: skip
@@ -89,9 +92,10 @@ async def _score(
         async for logits in engine.logit_rows(window.tokens, first=window.first, stepwise=stepwise):
             # What follows the last token is not known: its row scores nothing.
             targets = window.targets[row : row + len(logits)]
-            if targets:
-                log_probs = log_softmax(logits[: len(targets)])
-                score.add(log_probs, targets, base.exchange(number, row, log_probs))
+            for i in range(0, len(targets), _ROWS):
+                some = targets[i : i + _ROWS]
+                log_probs = log_softmax(logits[i : i + len(some)])
+                score.add(log_probs, some, base.exchange(number, row + i, log_probs))
             row += len(logits)
         journal.add(score)
         total.merge(score)
