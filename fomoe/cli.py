@@ -21,7 +21,7 @@ from fomoe.errors import FomoeError
 
 # Commands are imported when they run, so that `fomoe --help` stays instant.
 _COMMANDS = {
-    "generate": ("fomoe.commands.generate", "continue a prompt"),
+    "generate": ("fomoe.commands.generate", "continue a prompt: text to stdout, figures to stderr"),
     "perplexity": ("fomoe.commands.perplexity", "score a text, and compare with exact routing"),
     "bench": ("fomoe.commands.bench", "measure tokens per second, as llama-bench does"),
 }
@@ -62,7 +62,10 @@ def _main(argv: Sequence[str] | None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     chosen = next((a for a in args_list if not a.startswith("-")), None)
     for name, (module_name, help_text) in _COMMANDS.items():
-        command = commands.add_parser(name, help=help_text, allow_abbrev=False)
+        description = f"{help_text[0].upper()}{help_text[1:]}."
+        command = commands.add_parser(
+            name, help=help_text, description=description, allow_abbrev=False
+        )
         if name == chosen:
             module = importlib.import_module(module_name)
             module.add_arguments(command)

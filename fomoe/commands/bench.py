@@ -37,7 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--cold", action="store_true",
         help="begin every repetition with no expert in memory, the model opened anew")  # fmt: skip
     add("--no-warmup", action="store_true", help="begin as the test before left the cache")
-    add("-o", "--output", choices=sorted(FORMATS), default="md", help="(default: %(default)s)")
+    add("-o", "--output", choices=sorted(FORMATS), default="md",
+        help="format of the table (default: %(default)s)")  # fmt: skip
     add("--stats", action="store_true", help="the engine's figures on stderr at the end")
     add_engine_arguments(parser, context=None)
 

@@ -20,9 +20,26 @@ from fomoe.plan import MemoryPlan
 
 
 def add_engine_arguments(parser: argparse.ArgumentParser, context: int | None = 4096) -> None:
-    """The model, memory, threads and I/O. context: the default of -c; None: what the command
-    needs."""
-    group = parser.add_argument_group("model and engine")
+    """All flags of an engine. context: the default of -c; None: what the command needs."""
+    _add_model_arguments(parser, context)
+    _add_device_arguments(parser)
+    _add_expert_arguments(parser)
+    _add_car_arguments(parser)
+    group = parser.add_argument_group("recordings")
+    group.add_argument(
+        "--trace", type=Path, metavar="FILE",
+        help="record reads, stalls and compute, for tools/trace",
+    )  # fmt: skip
+    group.add_argument(
+        "--record-routes",
+        type=Path,
+        metavar="FILE",
+        help="record every routing, for tools/simulate",
+    )
+
+
+def _add_model_arguments(parser: argparse.ArgumentParser, context: int | None) -> None:
+    group = parser.add_argument_group("model, memory and processor")
     group.add_argument(
         "-m", "--model", type=Path, metavar="FILE",
         help="GGUF file, any shard of a split one (default: the demo model)",
@@ -31,6 +48,30 @@ def add_engine_arguments(parser: argparse.ArgumentParser, context: int | None = 
         "--dram", type=_size, metavar="SIZE",
         help="what the process may use in all, such as 16GiB (default: planned from what is free)",
     )  # fmt: skip
+    group.add_argument(
+        "-c", "--ctx-size", type=int, default=context, metavar="N",
+        help="tokens of context, shared by all that runs at once"
+        f" (default: {context or 'what is needed'})",
+    )  # fmt: skip
+    group.add_argument(
+        "-ub", "--ubatch-size", type=int, default=512, metavar="N",
+        help="tokens of a prompt computed in one step (default: %(default)s)",
+    )  # fmt: skip
+    group.add_argument(
+        "-ctk", "--cache-type", choices=("f16", "f32"), default="f16",
+        help="element type of the key and value cache (default: %(default)s)",
+    )  # fmt: skip
+    group.add_argument(
+        "-t", "--threads", type=int, metavar="N", help="compute threads (default: all processors)"
+    )
+    group.add_argument(
+        "--cpu-isa", choices=("auto", "scalar", "avx2", "avx512", "amx"), default="auto",
+        help="use no more than this instruction set (default: what the processor has)",
+    )  # fmt: skip
+
+
+def _add_device_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("devices")
     group.add_argument(
         "--device", default="cpu", metavar="NAME",
         help="where layers are computed: cpu, cuda:0, hip:0; several take turns, as in"
@@ -47,27 +88,15 @@ def add_engine_arguments(parser: argparse.ArgumentParser, context: int | None = 
     )  # fmt: skip
     group.add_argument(
         "--n-cpu-moe", type=int, default=0, metavar="N",
-        help="the processor computes the experts of the first N layers",
+        help="the processor computes the experts of the first N layers (default: %(default)s)",
     )  # fmt: skip
-    group.add_argument(
-        "-c", "--ctx-size", type=int, default=context, metavar="N",
-        help="tokens of context, shared by all that runs at once"
-        f" (default: {context or 'what is needed'})",
-    )  # fmt: skip
-    group.add_argument(
-        "-ub", "--ubatch-size", type=int, default=512, metavar="N",
-        help="tokens of a prompt computed in one step (default: %(default)s)",
-    )  # fmt: skip
-    group.add_argument(
-        "-t", "--threads", type=int, metavar="N", help="compute threads (default: all processors)"
-    )
-    group.add_argument(
-        "-ctk", "--cache-type", choices=("f16", "f32"), default="f16",
-        help="element type of the key and value cache (default: %(default)s)",
-    )  # fmt: skip
+
+
+def _add_expert_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("experts (how they are read, who stays in memory)")
     group.add_argument(
         "--io", choices=("auto", "uring", "threads"), default="auto",
-        help="how experts are read: io_uring or preadv threads (default: %(default)s)",
+        help="how files are read: io_uring or preadv threads (default: %(default)s)",
     )  # fmt: skip
     group.add_argument(
         "--direct", choices=("auto", "on", "off"), default="auto",
@@ -75,11 +104,8 @@ def add_engine_arguments(parser: argparse.ArgumentParser, context: int | None = 
     )  # fmt: skip
     group.add_argument(
         "--replica", type=Path, action="append", default=[], metavar="PATH",
-        help="the same file on another drive: reads are shared between them (repeatable)",
-    )  # fmt: skip
-    group.add_argument(
-        "--cpu-isa", choices=("auto", "scalar", "avx2", "avx512", "amx"), default="auto",
-        help="use no more than this instruction set (default: what the processor has)",
+        help="the same file on another drive, or its folder: reads are shared between them"
+        " (repeatable)",
     )  # fmt: skip
     group.add_argument(
         "--cache-policy", default="lfu", metavar="NAME",
@@ -87,7 +113,8 @@ def add_engine_arguments(parser: argparse.ArgumentParser, context: int | None = 
     )  # fmt: skip
     group.add_argument(
         "--cache-share", type=float, default=1.0, metavar="SHARE",
-        help="slots for at most this share of the experts: a small model as if it were large",
+        help="slots for at most this share of the experts, for a small model as if it were large"
+        " (default: %(default)s)",
     )  # fmt: skip
     group.add_argument(
         "--prefetch", choices=("auto", "on", "off"), default="auto",
@@ -97,16 +124,10 @@ def add_engine_arguments(parser: argparse.ArgumentParser, context: int | None = 
         "--profile", type=Path, metavar="FILE",
         help="use counts of earlier runs: seeds the cache, and is updated at the end",
     )  # fmt: skip
-    group.add_argument(
-        "--record-routes", type=Path, metavar="FILE", help="record every routing for tools/simulate"
-    )
-    _add_car_arguments(parser)
-    group.add_argument(
-        "--trace", type=Path, metavar="FILE", help="record reads, stalls and compute to a file"
-    )
 
 
 def _add_car_arguments(parser: argparse.ArgumentParser) -> None:
+    usual = CarOptions()
     group = parser.add_argument_group("cache-aware routing (changes what is computed)")
     group.add_argument(
         "--car", default="off", nargs="?", const="on", metavar="RULE",
@@ -115,19 +136,23 @@ def _add_car_arguments(parser: argparse.ArgumentParser) -> None:
         "(default: %(default)s)",
     )  # fmt: skip
     group.add_argument(
-        "--car-top-j", type=int, metavar="N", help="the true best N experts are never replaced"
-    )
+        "--car-top-j", type=int, metavar="N",
+        help=f"the true best N experts are never replaced (default: {usual.top_j})",
+    )  # fmt: skip
     group.add_argument(
         "--car-max-mass", type=float, metavar="SHARE",
-        help="at most this share of a layer's weight is moved to stand-ins",
+        help="at most this share of a layer's weight is moved to stand-ins"
+        f" (default: {usual.max_mass:g})",
     )  # fmt: skip
     group.add_argument(
         "--car-weights", choices=("dampen", "renorm"),
-        help="what stand-ins lack in probability is dropped, or made up for",
+        help=f"what stand-ins lack in probability is dropped, or made up for (default:"
+        f" {usual.weights})",
     )  # fmt: skip
     group.add_argument(
         "--car-audit", type=float, default=0.0, metavar="SHARE",
-        help="compute this share of tokens exactly as well and report the KL divergence",
+        help="compute this share of tokens exactly as well and report the KL divergence"
+        " (default: %(default)s)",
     )  # fmt: skip
     group.add_argument(
         "--no-backfill", dest="backfill", action="store_false",
