@@ -72,22 +72,24 @@ class DeviceForward(Forward):
     async def _quiesce(self) -> None:
         self._lookahead.clear()
         self._unfinished = None
-        streams = [
-            (d, stream) for d in self._devices for stream in (d.uploads, d.compute, d.downloads)
-        ]
-        signals = [self._signal(device, stream.record()) for device, stream in streams]
         try:
-            for signal in signals:
-                # Not `_reached`: callbacks that came due before have to be called, too.
-                await signal[2]
-            for signal in signals:
-                await self._reached(signal)
+            await self._drain(self._devices)
         finally:
             for turn in self._turns:
                 turn.close()
             self._turns.clear()
             for place in dict.fromkeys(self._places):
                 place.tier.end_all()
+
+    async def _drain(self, devices: Sequence[Device]) -> None:
+        """All that these devices were given has been done, and told."""
+        streams = [(d, stream) for d in devices for stream in (d.uploads, d.compute, d.downloads)]
+        signals = [self._signal(device, stream.record()) for device, stream in streams]
+        for signal in signals:
+            # Not `_reached`: callbacks that came due before have to be called, too.
+            await signal[2]
+        for signal in signals:
+            await self._reached(signal)
 
     def _signal(self, device: Device, event: Event) -> Signal:
         """Ask to be told, before other work is queued, of an event that will be waited for."""
@@ -238,6 +240,9 @@ class DeviceForward(Forward):
         while True:
             if ready:
                 await self._place(turn, ready, placement, counts)
+            if place.fixed:
+                await self._drain([place.device])
+                turn.settle()
             self._lookahead.fetch_on(step)
             ready = await step.landed()
             if not ready:

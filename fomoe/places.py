@@ -18,7 +18,8 @@ from fomoe.kernels.ops import A
 
 class Place:
     """One device. `costs`: of its layers' experts. `pinned`: layers whose experts the processor
-    computes. `helper`: the processor, where the device cannot read host memory as its own.
+    computes. `fixed`: nothing that takes its time decides where experts are computed, or who stays.
+    `helper`: the processor, where the device cannot read host memory as its own.
     `stand_ins`: of its layers, what DeviceOps.stand_ins made, where cache-aware routing is on."""
 
     def __init__(
@@ -41,7 +42,7 @@ class Place:
         self._peek = ops.buffer(max_tokens, hidden)
         self.partial: A = ops.buffer(max_tokens, hidden) if helper else None
         self._views: dict[int, Any] = {}
-        self._costs, self._pinned, self._fixed = costs, pinned, fixed
+        self._costs, self._pinned, self.fixed = costs, pinned, fixed
         self._stand_ins = stand_ins or {}
 
     def x(self, tokens: int) -> Any:
@@ -83,7 +84,7 @@ class Place:
     def placement(self, layer: int, tokens: int) -> LayerPlacement:
         """Where the layer's experts are computed in a step of so many tokens."""
         pinned: Side | None = "host" if layer in self._pinned else None
-        return LayerPlacement(self._costs[layer], pinned=pinned, fixed=self._fixed, tokens=tokens)
+        return LayerPlacement(self._costs[layer], pinned=pinned, fixed=self.fixed, tokens=tokens)
 
     def pins(self, layer: int) -> bool:
         """The processor computes the layer's experts, always."""

@@ -34,6 +34,7 @@ class Turn:
         self._tokens = tokens
         self._call: DeviceMoeCall | None = None
         self._reads: Counter[int] = Counter()  # by expert: copies and kernels that read its slot
+        self._free: list[Resident] = []  # where that has been done, until settle()
         self._over = False
 
     # ---- work for the stream ----
@@ -108,16 +109,22 @@ class Turn:
         """It has been done."""
         if self.step is None:
             return
-        free = []
         for expert in experts:
             self._reads[expert[0]] -= 1
             if not self._reads[expert[0]]:
                 del self._reads[expert[0]]
-                free.append(expert)
-        if free:
-            self.step.computed(free)
+                self._free.append(expert)
+        if not self.place.fixed:
+            self.settle()
         if self._over and not self._reads:
             self.close()
+
+    def settle(self) -> None:
+        """What nothing reads any more may leave: at once, or, where what happens first must not
+        decide who does, when everything that was queued has been done."""
+        if self.step is not None and self._free:
+            self.step.computed(sorted(self._free))
+            self._free.clear()
 
     def end(self) -> None:
         """Nothing more will be queued."""

@@ -3,31 +3,30 @@ ordered wrongly shows. Whatever the devices and budgets, the text is that of the
 
 import asyncio
 import contextlib
-import dataclasses
 import random
-import time
 
 import numpy as np
 import pytest
+from device_rig import (
+    OPTIONS,
+    PROMPT,
+    TOY,
+    Devices,
+    assert_all_slots_are_somewhere,
+    least,
+    text_of,
+    tiers,
+)
 from faulty_reader import FaultyReader
-from toy import K_TOY, write_toy
+from toy import write_toy
 
 import fomoe
-from fomoe import Engine, Sampling
-from fomoe.experts.placement import Costs
+from fomoe import Engine
 from fomoe.io.open import open_reader
-from fomoe.kernels.device_host import HostDevice
 from fomoe.tracing.perfetto import write_chrome_trace
 from fomoe.tracing.recording import read_recording
 from fomoe.tracing.summary import summarise
 from fomoe.tracing.text import render
-
-TOY = dataclasses.replace(K_TOY, layers=5, experts=32, top_k=4)
-GREEDY = Sampling(temperature=0.0)
-PROMPT = "the thing on the other side of there, in the ring, "
-OPTIONS = {"context": 256, "ubatch": 64, "threads": 2}
-# Which side is faster decides where experts are computed; "both": half and half.
-COSTS = {"copy": Costs(1e-9, 1.0, 1.0), "host": Costs(1.0, 1e-9, 0.0), "both": Costs(1.0, 0.9, 0.0)}
 
 
 @pytest.fixture(scope="module")
@@ -46,78 +45,19 @@ def expected(model):
     return run(main())
 
 
-@pytest.fixture(autouse=True)
-def small_process(monkeypatch):
-    """Budgets must not depend on what other tests have brought into this process."""
-    monkeypatch.setattr("fomoe.host.resident_bytes", lambda: 100 << 20)
-    monkeypatch.setattr("fomoe.plan._SLACK", 3 << 20)
-
-
 @pytest.fixture
 def devices(monkeypatch):
-    """Opens devices whose streams pause at random; `costs(name)` says what is faster."""
-    rng = random.Random(0)
-    made = []
-
-    def pause():
-        if rng.random() < 0.3:
-            time.sleep(rng.random() * 1e-3)
-
-    def opened(name):
-        made.append(HostDevice(f"cpu{len(made)}", pause=pause, **made_with))
-        return made[-1]
-
-    async def costs(device, helper, layers, *memory):
-        return {p.index: COSTS[chosen[0]] for p, _ in layers}
-
-    made_with, chosen = {}, ["both"]
-    monkeypatch.setattr("fomoe.fleet.open_device", opened)
-    monkeypatch.setattr("fomoe.fleet.measure_costs", costs)
-    made_of = dataclasses.make_dataclass("Devices", ["made", "with_", "chosen"])
-    return made_of(made, made_with, chosen)
+    return Devices(monkeypatch)
 
 
 def run(main):
     return asyncio.run(asyncio.wait_for(main, 300))
 
 
-async def text_of(engine, prompt=PROMPT, n=16, **options):
-    options = {"sampling": GREEDY, "ignore_eos": True} | options
-    return [t.id async for t in engine.generate(prompt, max_tokens=n, **options)]
-
-
-async def least(model, option, **options):
-    """The least budget that works, as the refusal names it."""
-    with pytest.raises(fomoe.BudgetError) as refusal:
-        await Engine.open(model, **{option: 1 << 16}, **options)
-    return int(str(refusal.value).split("needs ")[1].split(" MiB")[0]) << 20
-
-
-def tiers(engine):
-    return list(dict.fromkeys(place.tier for place in engine.loaded.places))
-
-
-def assert_all_slots_are_somewhere(engine):
-    """Every slot of every device is free, staging, or an expert's; nothing is held on the host."""
-    for tier in tiers(engine):
-        pools = {id(s.slots): s.slots for s in tier._layers.values()}.values()
-        for pool in pools:
-            layers = [s for s in tier._layers.values() if s.slots is pool]
-            slots = [
-                s.cache.lookup(int(e)) for s in layers for e in np.flatnonzero(s.cache.resident)
-            ]
-            slots += pool.free + [slot for slot, _ in pool.ring]
-            assert len(slots) == len(set(slots)) == pool.num_slots
-        assert not any(s.ahead for s in tier._layers.values())
-    store = engine.loaded.store
-    assert not any(layer.held for layer in store._layers)
-    assert not any(store._steps)
-
-
 @pytest.mark.parametrize("side", ["copy", "host", "both"])
 @pytest.mark.parametrize("names", ["cpu", "cpu,cpu", "cpu,cpu,cpu"])
 def test_text_is_that_of_the_processor(model, expected, devices, names, side):
-    devices.chosen[0] = side
+    devices.chosen = side
 
     async def main():
         options = OPTIONS | {"device": names, "vram": "1GiB"}
@@ -137,7 +77,7 @@ def test_text_is_that_of_the_processor(model, expected, devices, names, side):
 @pytest.mark.parametrize("names", ["cpu", "cpu,cpu"])
 @pytest.mark.parametrize("side", ["copy", "host", "both"])
 def test_text_does_not_depend_on_budgets(model, expected, devices, names, side):
-    devices.chosen[0] = side
+    devices.chosen = side
 
     async def main():
         options = OPTIONS | {"device": names}
@@ -168,7 +108,7 @@ def test_pinned_experts_never_come_to_the_device(model, expected, devices):
                 assert sum(tier.stats.host_uses for tier in tiers(engine))
         return texts
 
-    devices.chosen[0] = "copy"
+    devices.chosen = "copy"
     assert run(main()) == [expected, expected]
 
 
@@ -292,31 +232,8 @@ def test_plans_are_shown_and_refused_with_what_would_do(model, devices):
     run(main())
 
 
-def test_car_and_audits_on_devices(model, devices):
-    car = fomoe.CarOptions.parse("prior:0.5") if hasattr(fomoe, "CarOptions") else None
-
-    async def main():
-        options = OPTIONS | {"device": "cpu,cpu"}
-        vram = await least(model, "vram", **options)
-        dram = await least(model, "dram", vram=vram, **options)
-        async with Engine.open(
-            model, dram=dram, vram=vram, car=car, car_audit=0.5, **options
-        ) as engine:
-            await text_of(engine, n=24)
-            stats = engine.stats().residency.car
-            assert stats.substitutions
-            assert stats.audits
-            assert_all_slots_are_somewhere(engine)
-
-    if car is None:
-        from fomoe.experts.car_options import CarOptions
-
-        car = CarOptions.parse("prior:0.5")
-    run(main())
-
-
 def test_copies_are_recorded(model, devices, tmp_path):
-    devices.chosen[0] = "copy"
+    devices.chosen = "copy"
 
     async def main():
         path = tmp_path / "copies.trace"
