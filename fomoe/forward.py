@@ -160,10 +160,13 @@ class Forward:
                     await self._layer_by_itself(index, x, chunks, segments, audit, begun)
                     index += 1
             await self._finish(x)
-        finally:
-            if self._open is not None:  # the step is given up
+        except BaseException:  # the step is given up, but its experts are still being computed
+            self._model.trunk.settle()
+            self._store.let_go()
+            if self._open is not None:
                 self._open.step.close()
                 self._open = None
+            raise
         return await self._head(chunks, segments, x)
 
     def _walk(
@@ -218,11 +221,13 @@ class Forward:
         begun: tuple[Routing, MoeCall] | None,
     ) -> None:
         """One layer whose experts may have to be read; `begun` is what it began with, if it has."""
-        layer, cache = self._model.layers[index], self._caches[index]
-        routing, call = begun or await self._begin(layer, x, segments, cache)
+        layer = self._model.layers[index]
+        routing, call = begun or await self._begin(index, x, segments)
+        # Other threads compute the shared expert from now on, and one token's that are in slots.
+        if self._inline:
+            self._store.hold(index, routing.ids)
         if self._tracer:
             self._note_begun(index, layer.ops.marks, time.perf_counter_ns())
-        # Other threads compute the shared expert meanwhile.
         if not audit:
             self._residency.routed(index, routing)
         experts, counts = distinct(routing)
@@ -246,13 +251,14 @@ class Forward:
             self._residency.predicted(index + 1, guess)
 
     async def _begin(
-        self, layer: Layer, x: Any, segments: Sequence[Segment], cache: KvCache | None
+        self, index: int, x: Any, segments: Sequence[Segment]
     ) -> tuple[Routing, MoeCall]:
         """End the layer before; mix, route and begin the experts."""
-        before = self._open
+        before, ops = self._open, self._model.layers[index].ops
         last = None if before is None else (before.call, before.last)
-        result = await self._run(layer.ops.begin, x, segments, cache, last)
-        self._ended(layer.ops.marks if self._tracer else ())
+        cache, table = self._caches[index], self._store.tables[index]
+        result = await self._run(ops.begin, x, segments, cache, last, table)
+        self._ended(ops.marks if self._tracer else ())
         return result
 
     async def _compute_experts(self, begun: _Open, ahead: list[int]) -> None:

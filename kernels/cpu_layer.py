@@ -82,12 +82,13 @@ class CpuLayer:
             own = self._short.take(self._parts.moe, tokens)[1:] if tokens <= SHORT_STEP else shared
             self._route.set_outs(self._views, (h, *own))
 
-    def use_table(self, table: I64Array) -> None:
+    def use_table(self, table: I64Array | None) -> None:
         """Where the experts are that are in memory, int64 [experts, 3]."""
-        if table is not self._table:
-            assert table.shape == (self._parts.moe.num_experts, 3)
-            self._table = table
-            self.c.table = ffi.from_buffer("int64_t[]", table)
+        if table is self._table:
+            return
+        assert table is None or table.shape == (self._parts.moe.num_experts, 3)
+        self._table = table
+        self.c.table = ffi.NULL if table is None else ffi.from_buffer("int64_t[]", table)
 
     def begin(
         self,
@@ -95,8 +96,10 @@ class CpuLayer:
         segments: Sequence[Segment],
         cache: KvCache | None,
         last: Last,
+        table: I64Array | None = None,
     ) -> tuple[Routing, CpuMoeCall]:
         self.prepare(x, segments, cache)
+        self.use_table(table)
         rc = lib.fomoe_layer_begin(self.c, ending(last), self._began)
         assert rc == 0, f"the experts before were not those that were picked ({rc})"
         return self.begun(self._began[0])
@@ -126,6 +129,9 @@ class CpuTrunk:
     @property
     def marks(self) -> Sequence[int]:
         return list(self._walk.marks[0:3])
+
+    def settle(self) -> None:
+        lib.fomoe_moe_settle(self._layers[0].c.experts)
 
     def walk(
         self,

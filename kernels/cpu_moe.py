@@ -103,8 +103,8 @@ class MoePlan:
 
 
 class CpuMoeCall:
-    """fomoe.kernels.ops.MoeCall, of a `moe` that C has begun: the other threads compute the shared
-    expert from then on."""
+    """fomoe.kernels.ops.MoeCall, of a `moe` that C has begun and started: the other threads compute
+    the shared expert from then on, and who was known to be in memory."""
 
     __slots__ = ("_engine", "_moe", "_picks", "_plan", "_routing")
 
@@ -118,7 +118,9 @@ class CpuMoeCall:
         h = engine.views.of(routing.h)
         assert h.cols == plan.shape_key[1]
         assert h.rows <= engine.max_tokens, (h.rows, engine.max_tokens)
-        return cls(engine, plan, routing, lib.fomoe_moe_begin(plan.layer, h.pointer, h.ld, h.rows))
+        moe = lib.fomoe_moe_begin(plan.layer, h.pointer, h.ld, h.rows)
+        lib.fomoe_moe_start(moe, ffi.NULL)
+        return cls(engine, plan, routing, moe)
 
     def _pick(self) -> tuple[Any, ...]:
         shape = (len(self._routing.h), self._plan.shape_key[0])

@@ -243,12 +243,16 @@ class LayerOps(Protocol):
         segments: Sequence[Segment],
         cache: KvCache | None,
         last: tuple[MoeCall, Sequence[Resident]] | None,
+        table: I64Array | None = None,
     ) -> tuple[Routing, MoeCall]:
         """Run the `last` experts of the layer before (its call, and what run takes, or nothing) and
         finish it; then x += mixer(RMS(x)), route, and begin this layer's experts. `segments` is the
         same object in all layers of a step; `cache` is None for a recurrent layer. The arrays of
         the Routing are good until the next begin of any layer, those of up to SHORT_STEP tokens
-        until this layer's."""
+        until this layer's.
+
+        `table` as of TrunkOps.walk: a backend may compute one token's picks that are there from now
+        on, whatever becomes of the others; run and settle wait for it."""
 
     def guess(self, x: A) -> Routing:
         """What the router says of another layer's residual stream. Its arrays are good until the
@@ -263,6 +267,9 @@ class TrunkOps(Protocol):
 
     @property
     def marks(self) -> Sequence[int]: ...
+
+    def settle(self) -> None:
+        """Wait until nothing that was begun is being computed any more."""
 
     def walk(
         self,

@@ -68,6 +68,7 @@ class UnfusedLayer:
         segments: Sequence[Segment],
         cache: KvCache | None,
         last: tuple[MoeCall, Sequence[Resident]] | None,
+        table: I64Array | None = None,
     ) -> tuple[Routing, MoeCall]:
         now = time.perf_counter_ns
         self.marks = [now()]
@@ -100,6 +101,9 @@ class UnfusedTrunk:
     """fomoe.kernels.ops.TrunkOps that leaves every layer to who asks."""
 
     marks: Sequence[int] = ()
+
+    def settle(self) -> None:
+        pass
 
     def walk(
         self,

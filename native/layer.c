@@ -37,6 +37,9 @@ int fomoe_layer_begin(fomoe_layer *layer, const fomoe_moe_last *last, fomoe_moe 
     fomoe_route_run(layer->route, mixer->x, mixer->ldx, mixer->tokens, layer->norm);
     marks[FOMOE_LAYER_ROUTED] = now();
     *moe = fomoe_moe_begin(layer->experts, layer->route->h, layer->route->ldh, mixer->tokens);
+    if (layer->table)
+        fomoe_moe_pick(*moe, layer->route->ids, layer->route->weights);
+    fomoe_moe_start(*moe, layer->table);
     return 0;
 }
 
@@ -50,7 +53,6 @@ int fomoe_layers_walk(fomoe_layer *const *layers, int first, int num, const fomo
         int rc = fomoe_layer_begin(layer, last, &walk->moe);
         if (rc)
             return rc;
-        fomoe_moe_pick(walk->moe, layer->route->ids, layer->route->weights);
         int found = fomoe_moe_find(walk->moe, layer->table, layer->found);
         walk->begun = found < 0;
         walk->next = walk->begun ? i : i + 1;

@@ -29,7 +29,7 @@ typedef struct fomoe_layer {
     const fomoe_route *route;
     const fomoe_moe_layer *experts;
     const float *norm; /* before the router */
-    const int64_t *table; /* [num_experts][3]: addresses of the experts in memory, or zeros */
+    const int64_t *table; /* [num_experts][3]: addresses of the experts in memory, or zeros; may be NULL */
     int64_t *found; /* [num_experts][4] */
     int64_t marks[FOMOE_LAYER_MARKS];
 } fomoe_layer;
@@ -43,7 +43,9 @@ typedef struct fomoe_walk {
 } fomoe_walk;
 
 /* Ends the layer before (`last` may be NULL), then begins this one: x += experts, x += mixer, routing of x into
- * layer->route's arrays, and *moe as fomoe_moe_begin gives it. 0, or what fomoe_moe_run or _finish complain of. */
+ * layer->route's arrays, and *moe as fomoe_moe_begin gives it, started: of one token, who is in the table is being
+ * computed, so that the caller's word with whoever reads the others costs no time. 0, or what fomoe_moe_run or _finish
+ * complain of. */
 int fomoe_layer_begin(fomoe_layer *layer, const fomoe_moe_last *last, fomoe_moe **moe);
 
 /* Computes layers [first, num) as long as all experts that they pick are in their tables, and for about `most_ns`. */

@@ -28,6 +28,8 @@ typedef struct {
     _Atomic int ready;
 } expert_job;
 
+enum { TODO, STARTED, DONE };
+
 /* Experts that are computed together. */
 typedef struct {
     fomoe_moe *moe;
@@ -42,11 +44,12 @@ struct fomoe_moe {
     fomoe_pool *pool;
     fomoe_moe_shape shape;
     int wave_pairs;
-    int32_t *pair_begin; /* [num_experts + 1] */
+    int32_t *first;      /* [num_experts]: an expert's first pair */
+    int32_t *count;      /* [num_experts]: and how many it has */
     int32_t *pair_token; /* [pairs] */
     int32_t *pair_of;    /* [token * top_k + rank] */
     int32_t *all_tokens; /* 0, 1, 2, ... */
-    uint8_t *done;       /* [num_experts] */
+    uint8_t *done;       /* [num_experts]: TODO, STARTED or DONE */
     expert_job *jobs;    /* [num_experts] */
     float *mid;          /* [wave_pairs][max(ff, shared_ff)] */
     char *mid_scratch;
@@ -86,8 +89,9 @@ static void lay_out(fomoe_moe *moe, layout *l, int num_threads, int tokens, cons
 {
     size_t pairs = (size_t)tokens * shape->top_k, ff = max_int(shape->ff, shared_ff);
     /* A wave has room for any one expert, which every token may have picked, and for all experts of a token. */
-    moe->wave_pairs = max_int(max_int(tokens, LEAST_WAVE), shape->top_k);
-    moe->pair_begin = take(l, (shape->num_experts + 1) * sizeof(int32_t));
+    moe->wave_pairs = max_int(max_int(tokens, LEAST_WAVE), shape->top_k + 1);
+    moe->first = take(l, shape->num_experts * sizeof(int32_t));
+    moe->count = take(l, shape->num_experts * sizeof(int32_t));
     moe->pair_token = take(l, pairs * sizeof(int32_t));
     moe->pair_of = take(l, pairs * sizeof(int32_t));
     moe->all_tokens = take(l, tokens * sizeof(int32_t));
@@ -95,7 +99,7 @@ static void lay_out(fomoe_moe *moe, layout *l, int num_threads, int tokens, cons
     moe->jobs = take(l, (shape->num_experts + 1) * sizeof(expert_job));
     moe->mid = take(l, moe->wave_pairs * ff * sizeof(float));
     moe->mid_scratch_bytes = ALIGN64(fomoe_act_bytes(moe->wave_pairs, ff))
-                             + LEAST_WAVE * ALIGN64(fomoe_act_bytes(1, ff));
+                             + (LEAST_WAVE + 1) * ALIGN64(fomoe_act_bytes(1, ff));
     moe->mid_scratch = take(l, moe->mid_scratch_bytes);
     moe->tiles = take(l, num_threads * 2 * FOMOE_TILE_FLOATS * sizeof(float));
     moe->act_scratch = take(l, fomoe_act_bytes(tokens, shape->hidden));
@@ -115,28 +119,31 @@ size_t fomoe_moe_bytes(int num_threads, int max_tokens, const fomoe_moe_shape *s
 /* A counting sort of the pairs by expert; within an expert by token. */
 static void sort_pairs(fomoe_moe *moe, const int32_t *ids)
 {
-    int num_experts = moe->shape.num_experts, pairs = moe->tokens * moe->shape.top_k;
-    int32_t *begin = moe->pair_begin;
-    memset(begin, 0, (num_experts + 1) * sizeof *begin);
+    int num_experts = moe->shape.num_experts, top_k = moe->shape.top_k, pairs = moe->tokens * top_k;
+    int32_t *first = moe->first, *count = moe->count;
+    memset(count, 0, num_experts * sizeof *count);
     for (int i = 0; i < pairs; i++)
-        begin[ids[i] + 1]++;
-    for (int e = 0; e < num_experts; e++)
-        begin[e + 1] += begin[e];
-    /* begin[e] walks to the end of e's pairs here, and is moved back below */
-    for (int i = 0; i < pairs; i++) {
-        int at = begin[ids[i]]++;
-        moe->pair_token[at] = i / moe->shape.top_k;
-        moe->pair_of[i] = at;
+        count[ids[i]]++;
+    for (int e = 0, at = 0; e < num_experts; e++) {
+        first[e] = at;
+        at += count[e];
     }
-    memmove(begin + 1, begin, num_experts * sizeof *begin);
-    begin[0] = 0;
+    for (int i = 0; i < pairs; i++) {
+        int at = moe->tokens > 1 ? first[ids[i]]++ : i;
+        moe->pair_token[at] = i / top_k;
+        moe->pair_of[i] = at;
+        if (moe->tokens == 1)
+            first[ids[i]] = at;
+    }
+    for (int e = 0; moe->tokens > 1 && e < num_experts; e++)
+        first[e] -= count[e];
 }
 
 int fomoe_moe_find(const fomoe_moe *moe, const int64_t *table, int64_t *experts)
 {
     int num = 0;
     for (int e = 0; e < moe->shape.num_experts; e++) {
-        if (moe->pair_begin[e] == moe->pair_begin[e + 1])
+        if (!moe->count[e])
             continue;
         if (!table[3 * e])
             return -1;
@@ -228,19 +235,35 @@ static fomoe_matrix matrix(int64_t address, int64_t row_bytes, int type, int row
     return (fomoe_matrix){ (const void *)(intptr_t)address, row_bytes, type, rows, cols };
 }
 
+/* The job of an expert that picks wait for, with room at `row` of mid and `scratch`; its bytes of scratch. */
+static size_t set_job(fomoe_moe *moe, expert_job *job, int expert, const int64_t *addresses, float *mid, char *scratch)
+{
+    const fomoe_moe_shape *s = &moe->shape;
+    int first = moe->first[expert], num = moe->count[expert];
+    *job = (expert_job){
+        .gate = matrix(addresses[0], s->gate_row_bytes, s->gate_type, s->ff, s->hidden),
+        .up = matrix(addresses[1], s->up_row_bytes, s->up_type, s->ff, s->hidden),
+        .down = matrix(addresses[2], s->down_row_bytes, s->down_type, s->hidden, s->ff),
+        .x = &moe->act, .tokens = moe->pair_token + first, .num = num, .ff = s->ff, .hidden = s->hidden,
+        .mid = mid, .out = moe->out + (int64_t)first * s->hidden, .mid_scratch = scratch,
+    };
+    moe->pairs_left -= num;
+    return ALIGN64(fomoe_act_bytes(num, s->ff));
+}
+
 int fomoe_moe_run(fomoe_moe *moe, const int64_t *experts, int num)
 {
-    fomoe_pool_finish(moe->pool); /* the shared expert may be under way, in the memory used here */
+    fomoe_pool_finish(moe->pool); /* what was started may be under way, in the memory used here */
     const fomoe_moe_shape *s = &moe->shape;
     int in_wave = 0, wave_pairs = 0;
     size_t scratch = 0;
     for (int i = 0; i < num; i++) {
         const int64_t *e = experts + 4 * i;
-        if (e[0] < 0 || e[0] >= s->num_experts || moe->done[e[0]])
+        if (e[0] < 0 || e[0] >= s->num_experts || moe->done[e[0]] == DONE)
             return -EINVAL;
-        moe->done[e[0]] = 1;
-        int begin = moe->pair_begin[e[0]], n = moe->pair_begin[e[0] + 1] - begin;
-        if (!n)
+        int started = moe->done[e[0]] == STARTED, n = moe->count[e[0]];
+        moe->done[e[0]] = DONE;
+        if (!n || started)
             continue;
         size_t bytes = ALIGN64(fomoe_act_bytes(n, s->ff));
         if (wave_pairs + n > moe->wave_pairs || scratch + bytes > moe->mid_scratch_bytes) {
@@ -248,21 +271,9 @@ int fomoe_moe_run(fomoe_moe *moe, const int64_t *experts, int num)
             in_wave = wave_pairs = 0;
             scratch = 0;
         }
-        expert_job *job = &moe->jobs[in_wave++];
-        job->gate = matrix(e[1], s->gate_row_bytes, s->gate_type, s->ff, s->hidden);
-        job->up = matrix(e[2], s->up_row_bytes, s->up_type, s->ff, s->hidden);
-        job->down = matrix(e[3], s->down_row_bytes, s->down_type, s->hidden, s->ff);
-        job->x = &moe->act;
-        job->tokens = moe->pair_token + begin;
-        job->num = n;
-        job->ff = s->ff;
-        job->hidden = s->hidden;
-        job->mid = moe->mid + (int64_t)wave_pairs * s->ff;
-        job->out = moe->out + (int64_t)begin * s->hidden;
-        job->mid_scratch = moe->mid_scratch + scratch;
+        float *mid = moe->mid + (int64_t)wave_pairs * s->ff;
+        scratch += set_job(moe, &moe->jobs[in_wave++], e[0], e + 1, mid, moe->mid_scratch + scratch);
         wave_pairs += n;
-        scratch += bytes;
-        moe->pairs_left -= n;
     }
     if (in_wave)
         run_wave(moe, moe->jobs, in_wave);
@@ -274,11 +285,12 @@ static fomoe_matrix product_matrix(const fomoe_product *p, int cols)
     return (fomoe_matrix){ p->data, p->row_bytes, p->type, p->rows, cols };
 }
 
-static void start_shared(fomoe_moe *moe)
+static void set_shared_job(fomoe_moe *moe, expert_job *job)
 {
     const fomoe_moe_layer *layer = moe->layer;
     int hidden = moe->shape.hidden;
-    expert_job *job = moe->jobs;
+    for (int t = 0; t < moe->tokens; t++)
+        moe->all_tokens[t] = t;
     *job = (expert_job){
         .gate = product_matrix(&layer->shared_gate, hidden), .up = product_matrix(&layer->shared_up, hidden),
         .down = product_matrix(&layer->shared_down, layer->shared_ff), .x = &moe->act, .tokens = moe->all_tokens,
@@ -289,7 +301,34 @@ static void start_shared(fomoe_moe *moe)
         fomoe_matrix w = product_matrix(&layer->shared_scale, hidden);
         fomoe_matmul_rows(&w, &moe->act, NULL, moe->tokens, 0, 1, moe->shared_scale, 1);
     }
-    start_wave(moe, job, 1);
+}
+
+int fomoe_moe_start(fomoe_moe *moe, const int64_t *table)
+{
+    int num = 0, shared_ff = moe->layer->shared_ff, ff = moe->shape.ff;
+    float *mid = moe->mid;
+    char *scratch = moe->mid_scratch;
+    if (shared_ff) {
+        set_shared_job(moe, &moe->jobs[num++]);
+        mid += (int64_t)moe->tokens * shared_ff;
+        scratch += ALIGN64(fomoe_act_bytes(moe->tokens, shared_ff));
+    }
+    for (int r = 0; table && moe->tokens == 1 && r < moe->shape.top_k; r++) {
+        int e = moe->ids[r];
+        if (!table[3 * e])
+            continue;
+        scratch += set_job(moe, &moe->jobs[num++], e, table + 3 * e, mid, scratch);
+        mid += ff;
+        moe->done[e] = STARTED;
+    }
+    if (num)
+        start_wave(moe, moe->jobs, num);
+    return moe->pairs_left;
+}
+
+void fomoe_moe_settle(const fomoe_moe_layer *layer)
+{
+    fomoe_pool_finish(layer->pool);
 }
 
 fomoe_moe *fomoe_moe_begin(const fomoe_moe_layer *layer, const float *h, int64_t ldh, int tokens)
@@ -305,11 +344,7 @@ fomoe_moe *fomoe_moe_begin(const fomoe_moe_layer *layer, const float *h, int64_t
                         layer->shared_scale.type };
     int num_types = !layer->shared_ff ? 2 : layer->shared_scale.data ? 5 : 4;
     fomoe_act_prepare(layer->pool, &moe->act, h, ldh, tokens, shape->hidden, types, num_types, moe->act_scratch);
-    if (layer->shared_ff) {
-        for (int t = 0; t < tokens; t++)
-            moe->all_tokens[t] = t;
-        start_shared(moe);
-    }
+    memset(moe->done, TODO, shape->num_experts);
     return moe;
 }
 
@@ -317,7 +352,6 @@ void fomoe_moe_pick(fomoe_moe *moe, const int32_t *ids, const float *weights)
 {
     moe->weights = weights;
     moe->ids = ids;
-    memset(moe->done, 0, moe->shape.num_experts);
     sort_pairs(moe, ids);
 }
 
@@ -341,7 +375,7 @@ static void sum_task(void *arg, int task, int thread)
         float some[MAX_TOP_K];
         int n = 0;
         for (int r = 0; r < k; r++)
-            if (moe->done[moe->ids[t * k + r]]) {
+            if (moe->done[moe->ids[t * k + r]] != TODO) {
                 some[n] = weights[r];
                 outs[n++] = moe->out + (int64_t)moe->pair_of[t * k + r] * hidden;
             }

@@ -3,7 +3,8 @@
  * Owns: which token picked which expert, the experts' products in any order of arrival, the sum in rank order.
  * Does not know: routers, caches, where an expert's bytes came from.
  *
- * A pair is one (token, rank). Pairs are sorted by expert, so that an expert's outputs are consecutive rows.
+ * A pair is one (token, rank). Pairs are sorted by expert, so that an expert's outputs are consecutive rows; those of one
+ * token by rank, so that it can be changed later who has a rank.
  * Every output is kept until fomoe_moe_finish adds them up by rank: results do not depend on the order of arrival.
  */
 #ifndef FOMOE_MOE_H
@@ -35,20 +36,29 @@ typedef struct fomoe_moe fomoe_moe;
 /* Bytes of memory that the steps of such layers need; `shared_ff` is 0 without a shared expert. */
 size_t fomoe_moe_bytes(int num_threads, int max_tokens, const fomoe_moe_shape *shape, int shared_ff);
 
-/* Begins a step in the layer's memory, whatever it served before. h [tokens][ldh] must stay until the last run. The
- * shared expert is started: the other threads compute it while the caller goes on. */
+/* Begins a step in the layer's memory, whatever it served before. h [tokens][ldh] must stay until the last run. */
 fomoe_moe *fomoe_moe_begin(const fomoe_moe_layer *layer, const float *h, int64_t ldh, int tokens);
 
-/* Says who picked whom, before the first run: ids and weights [tokens][top_k] must stay until finish. */
+/* Says who picked whom, before the first run: ids and weights [tokens][top_k] must stay until finish. One token's may be
+ * said again while none but experts that stay at their rank have been started or run. */
 void fomoe_moe_pick(fomoe_moe *moe, const int32_t *ids, const float *weights);
 
-/* After fomoe_moe_pick: the picked experts as fomoe_moe_run takes them, by their addresses in table [num_experts][3], gate,
- * up and down. Their number, or -1 when one has none there (its gate's is 0). */
+/* Starts the shared expert, once a step and before the first run: the other threads compute it while the caller goes on.
+ * Of one token also the picks whose addresses are in table [num_experts][3], gate, up and down (0 where an expert is not
+ * there); table may be NULL. What was started may be run once more, which does nothing but wait for it. The number of
+ * picks that remain. */
+int fomoe_moe_start(fomoe_moe *moe, const int64_t *table);
+
+/* After fomoe_moe_pick: the picked experts as fomoe_moe_run takes them, by their addresses in table as above. Their number,
+ * or -1 when one has none there. */
 int fomoe_moe_find(const fomoe_moe *moe, const int64_t *table, int64_t *experts);
 
 /* Computes experts given as (expert, gate address, up address, down address); one that no token picked costs nothing.
  * -EINVAL when an expert is out of range or was run before in this step. */
 int fomoe_moe_run(fomoe_moe *moe, const int64_t *experts, int num);
+
+/* Waits for what was started: nothing that was given is used any more. */
+void fomoe_moe_settle(const fomoe_moe_layer *layer);
 
 /* x[t] += sum by rank of weight * output + shared; returns the number of pairs whose expert never ran (x is then left
  * alone). */

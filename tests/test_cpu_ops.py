@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -322,17 +322,24 @@ class WholeLayers:
         made = [self.o.buffer(tokens, width) for width in widths]
         return self.rooms.setdefault((id(mixer), tokens), made)
 
-    def step(self, x: Floats, position: int) -> Floats:
+    def step(self, x: Floats, position: int, absent: Sequence[int] = ()) -> Floats:
+        """One layer after the other. Of one token, others stand in for picks that are `absent`;
+        those that are there may be begun before that is said."""
         x = x.copy()
         m = self.mixed
         segments = [Segment(0, len(x), position, m.pages[0], m.states[0])]
         last = None
         for i, (layer, experts) in enumerate(zip(self.layers, self.experts, strict=True)):
-            routing, call = layer.begin(x, segments, m.cache, last)
+            table = np.array([experts.addresses(e)[1:] for e in range(12)])
+            table[list(absent)] = 0
+            routing, call = layer.begin(x, segments, m.cache, last, table if absent else None)
             ids = routing.ids.copy()
             if isinstance(layer, CpuLayer):
                 assert np.array_equal(layer.guess(x).ids, ids), "x has not changed since"
             assert np.array_equal(routing.ids, ids)
+            if absent:
+                others = iter([e for e in range(12) if e not in ids and e not in absent])
+                routing.ids = np.array([[next(others) if e in absent else e for e in ids[0]]])
             picked = [experts.addresses(int(e)) for e in np.unique(routing.ids)]
             if i == 1:
                 call.run(picked[:2])
@@ -385,6 +392,43 @@ def test_a_walk_over_layers_is_one_step_after_the_other(
         assert np.array_equal(got, stepped.step(x, position))
     assert trunk.walk(np.zeros((9, 96), np.float32), [], [], [], 1, None, 0) == (1, None)
     other.close()
+
+
+@pytest.mark.parametrize("absent", [[0, 5, 10], [2, 7]], ids=str)
+def test_who_is_there_may_be_computed_before_others_stand_in(
+    ops: CpuOps, absent: list[int]
+) -> None:
+    begun = WholeLayers(ops, ops.layer)
+    later = CpuOps(2, MAX_TOKENS, ops.isa)
+    told = WholeLayers(later, lambda parts: UnfusedLayer(later, parts))
+    for position in range(12):
+        x = normal(rng(position), 1, 96)
+        assert np.array_equal(begun.step(x, position, absent), told.step(x, position, absent))
+    later.close()
+
+
+def test_what_was_begun_is_computed_once_settled(ops: CpuOps) -> None:
+    begun, want = WholeLayers(ops, ops.layer), None
+    layer, experts = begun.layers[1], begun.experts[1]
+    table = np.array([experts.addresses(e)[1:] for e in range(12)])
+    segments = [Segment(0, 1, 0, begun.mixed.pages[0], begun.mixed.states[0])]
+    for _ in range(20):
+        x = normal(rng(1), 1, 96)
+        routing, call = layer.begin(x, segments, begun.mixed.cache, None, table)
+        picked = [experts.addresses(int(e)) for e in routing.ids[0]]
+        ops.trunk(begun.layers).settle()
+        kept = [[t.data.copy() for t in matrices] for matrices in experts.experts]
+        for matrices in experts.experts:  # other experts may be read there now
+            for t in matrices:
+                t.data[:] = 255
+        call.run(picked)
+        call.finish(x)
+        for matrices, data in zip(experts.experts, kept, strict=True):
+            for t, d in zip(matrices, data, strict=True):
+                t.data[:] = d
+        assert np.isfinite(x).all()
+        want = x if want is None else want
+        assert np.array_equal(x, want)
 
 
 def test_layers_in_one_call_are_those_in_many(ops: CpuOps) -> None:

@@ -66,6 +66,7 @@ class ExpertStore:
         self.tables = [state.table for state in self._layers]
         self.num_ahead = 0  # experts being read that no step waits for
         self._read_ns = 0.0  # a running mean of a read's time in flight
+        self._early: tuple[int, list[int]] = (0, [])  # layer, and who is held for its next step
         self._landing = asyncio.Event()
         self._poll: select.poll | None = None
 
@@ -174,6 +175,19 @@ class ExpertStore:
         """Experts that a layer will probably need next: reads ahead do not evict them."""
         self._layers[layer].predicted = list(experts)
 
+    def hold(self, layer: int, ids: npt.NDArray[np.int32]) -> None:
+        """Who of these is ready is being computed: it stays until the step is over that begins
+        next, or until let_go()."""
+        state = self._layers[layer]
+        ready = [e for e in ids.ravel().tolist() if e in state.ready]
+        state.held.update(ready)
+        self._early = layer, ready
+
+    def let_go(self) -> None:
+        """The step that hold() was about will not begin, and nothing is computed any more."""
+        layer, ready = self._early
+        self._layers[layer].held.difference_update(ready)
+
     def begin(
         self, layer: int, experts: Sequence[int], counts: Sequence[int], *, passing: bool = False
     ) -> ExpertStep:
@@ -199,6 +213,7 @@ class ExpertStore:
             on_closed=self._closed,
         )
         state.held.update(experts)
+        self._early = layer, []
         # A passing step is not part of what is counted.
         stats = StoreStats() if passing else self.stats
         stats.uses += len(experts)
