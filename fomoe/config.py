@@ -48,18 +48,21 @@ def format_size(nbytes: float) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineOptions:
-    """How an engine runs. Names follow llama.cpp's flags where it has them.
+    """How an engine runs. Names follow llama.cpp's flags where it has them. Raises RequestError for
+    values that cannot be.
 
     dram: bytes that the process may use in all; None plans from what the machine has free.
     context: tokens of KV cache, shared by all sequences that run at once.
     ubatch: tokens of one forward step at most.
     parallel: sequences that run at once; further ones wait for their turn.
+    threads: that compute, the caller's among them; None takes every processor.
     cache_type: element type of the KV cache, "f16" or "f32".
     io, direct: how files are read (see fomoe.io.open).
     cpu_isa: "auto", or a lesser instruction set than the processor has, for comparisons.
     cache_policy: who stays in the expert cache (see fomoe.experts.cache).
     cache_share: slots for at most this share of a layer's experts, whatever the budget: what a file
         so much larger than memory would have.
+    replicas: files or folders that hold the same model on other drives, read side by side.
     prefetch: reads of predicted experts, "auto" (while they pay), "on" or "off".
     profile: a file of use counts that seeds the cache, and is written at close.
     record_routes: a file that every routing is recorded to (see fomoe.experts.routes).

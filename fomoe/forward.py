@@ -319,9 +319,8 @@ class Forward:
         self._stretches = []
 
     async def _predict(self, layer: Layer, x: Any) -> list[int]:
-        """Experts that a layer will probably need, the most wanted first: its own router's word on
-        the
-        residual stream as it is before the layer below it has added its experts."""
+        """Experts that a layer will probably need, the most wanted first: what its own router says
+        of the residual stream as it is before the layer below has added its experts."""
         routing = await self._compute(Part.ROUTE, layer.parameters.index, layer.ops.guess, x)
         experts, counts = distinct(routing)
         order = np.argsort(-np.asarray(counts), kind="stable")

@@ -44,8 +44,10 @@ class SlotClass:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryPlan:
-    """A budget divided. `fixed` lists what has to be held whatever the cache is, (name, bytes);
-    `quota` is the number of expert slots of each layer."""
+    """A budget divided, in bytes. `fixed` lists what has to be held whatever the cache is, (name,
+    bytes); `quota` is the number of expert slots of each layer, `num_experts` that of all layers'
+    experts; `streamed_bytes_per_token` is what a token picks, in slots or not; `devices` have plans
+    of their own."""
 
     budget: int
     budget_source: str
@@ -129,13 +131,7 @@ def make_plan(
         budget = min(int(available * _HEADROOM), fixed_bytes + everything + embedding_bytes)
         source = f"planned from {format_size(available)} free"
     if budget < minimum:
-        raise BudgetError(
-            f"a memory budget of {format_size(budget)} ({source}) is too small: this model needs "
-            f"{_suggestion(minimum) >> 20} MiB: "
-            + ", ".join(f"{name} {format_size(size)}" for name, size in fixed)
-            + f" and {format_size(minimum - fixed_bytes)} for the experts of one layer. Give more "
-            "with --dram, or shorten the context (-c) or the step (-ub)"
-        )
+        raise _too_small(f"{format_size(budget)} ({source})", minimum, fixed)
     room = budget - fixed_bytes
     holds_embedding = 0 < embedding_bytes <= room - everything and cache_share == 1.0
     if holds_embedding:
@@ -165,9 +161,16 @@ def make_plan(
     )
 
 
-def _suggestion(minimum: int) -> int:
-    """A budget that will do at the next try, when the process itself may be a little larger."""
-    return (minimum + _SLACK + (1 << 20) - 1) >> 20 << 20
+def _too_small(budget: str, minimum: int, fixed: Sequence[tuple[str, int]]) -> BudgetError:
+    """Names a budget that will do at the next try, when the process may be a little larger."""
+    needed_mib = -(-(minimum + _SLACK) >> 20)
+    experts_bytes = minimum - sum(size for _, size in fixed)
+    return BudgetError(
+        f"a memory budget of {budget} is too small: this model needs {needed_mib} MiB: "
+        + ", ".join(f"{name} {format_size(size)}" for name, size in fixed)
+        + f" and {format_size(experts_bytes)} for the experts of one layer. Give more with --dram,"
+        " or shorten the context (-c) or the step (-ub)"
+    )
 
 
 def _transit(

@@ -24,9 +24,10 @@ class Sampling:
     """How a token is drawn. Applied in llama.cpp's order: penalties, top-k, top-p, min-p,
     temperature.
 
-    temperature 0 takes the likeliest token. top_k 0, top_p 1 and min_p 0 switch those off. The
-    penalties look at the last `repeat_last_n` tokens (-1: all), prompt included. seed -1 draws a
-    fresh one.
+    temperature 0 takes the likeliest token. top_k 0, top_p 1 and min_p 0 switch those off;
+    repeat_penalty 1 and the other penalties at 0 change nothing. They look at the last
+    `repeat_last_n` tokens (-1: all), prompt included. seed -1 draws a fresh one. Raises
+    RequestError for values that cannot be.
     """
 
     temperature: float = 0.8

@@ -88,9 +88,8 @@ class Sequence:
         self.tokens.extend(tokens)
 
     def advance(self, length: int, logits: npt.NDArray[np.float32] | None) -> None:
-        """A step computed `length` tokens. `logits`: float32 [n, vocab], of all of them when all
-        are
-        wanted, else of the last one if the sequence has to be continued."""
+        """A step computed `length` tokens. `logits`: float32 [n, vocab], of all of them where all
+        are wanted, else of the last one if the sequence has to be continued."""
         self.num_computed += length
         if self.fed:
             if logits is not None:

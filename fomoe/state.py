@@ -79,9 +79,8 @@ class SequenceState:
 
 
 class StatePool:
-    """The caches of an engine. A sequence takes all it may ever need when it starts, so that
-    nothing
-    runs out in the middle."""
+    """The caches of an engine. A sequence takes all it may ever need when it starts: nothing runs
+    out in the middle."""
 
     def __init__(
         self,

@@ -21,7 +21,8 @@ class PhaseStats:
     """Counters of the steps of one kind: those with prompt tokens, or those that only generate.
 
     A pick is one expert of one token at one layer; a hit is a pick whose expert was in memory when
-    the router named it. stall_seconds: the forward had nothing to compute until a read landed.
+    the router named it; expert_reads and expert_bytes are of the drives. stall_seconds: the forward
+    had nothing to compute until a read landed.
     """
 
     tokens: int = 0
@@ -76,7 +77,10 @@ class DeviceStats:
 
 @dataclass(slots=True)
 class Stats:
-    """Everything since the engine was opened."""
+    """Everything since the engine was opened. `load_seconds` is the time that opening it took, the
+    rate that of reading its dense weights; `short_reads` and `read_retries` count what the reader
+    continued and tried again; None is what was not measured.
+    """
 
     prompt: PhaseStats = field(default_factory=PhaseStats)
     generation: PhaseStats = field(default_factory=PhaseStats)

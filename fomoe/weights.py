@@ -42,9 +42,8 @@ async def read(
     what: Sequence[str],
     progress: Callable[[int], None] | None = None,
 ) -> None:
-    """Read groups of extents on demand and wait for all of them. Raises ReadError for the first
-    that
-    fails. `progress` is told of bytes that landed. The memory stays the reader's until the kernel
+    """Read groups of extents on demand and wait for all. Raises ReadError for the first that fails.
+    `progress` is told of bytes that landed. The memory stays the reader's until the kernel
     is done with it, also when the caller is cancelled: it must not be reused before the reader is
     idle.
     """

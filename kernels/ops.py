@@ -135,11 +135,10 @@ class DeltaState:
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """Consecutive tokens of one sequence in a step: rows [start, start + length) of the
-    activations,
-    at positions [position, position + length). `pages` is the sequence's page table, int32; `delta`
-    has one entry per layer, None where the layer has no recurrent state; it is the same list in all
-    steps of a sequence."""
+    """Consecutive tokens of a sequence in a step: rows [start, start + length) of the activations,
+    positions [position, position + length) of the sequence. `pages` is its page table, int32;
+    `delta` has one entry per layer, None where the layer has no recurrent state; it is the same
+    list in all steps of a sequence."""
 
     start: int
     length: int

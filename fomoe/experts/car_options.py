@@ -42,7 +42,8 @@ class CarOptions:
     Under every rule the true top `top_j` stay, and the displaced experts' share of the picks'
     weight is at most `max_mass` per token and layer. Weights come from the router's own
     probabilities: "dampen" keeps their normaliser, so that what a stand-in lacks is dropped;
-    "renorm" gives the selection the sum that the picks had.
+    "renorm" gives the selection the sum that the picks had. Raises RequestError for values that
+    cannot be.
     """
 
     rule: Rule = "off"

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 
 class SlotPool:
-    """The slots of one size. Layers fill theirs up to a quota; `transit` more belong to no layer
-    and
+    """The slots of one size. Layers fill theirs up to a quota; `transit` more belong to none, and
     carry experts that are read while every slot of their layer is in use."""
 
     def __init__(self, base: int, slot_bytes: int, num_slots: int, transit: int) -> None:
