@@ -37,7 +37,7 @@ from fomoe.memory import finish
 from fomoe.models import HEAD_ROWS, Layer
 from fomoe.places import Place
 from fomoe.scheduler import Chunk
-from fomoe.trace import Part
+from fomoe.trace_format import Part
 from fomoe.turn import Turn
 
 # A device, an event of it, and what is set when that has been reached.

@@ -28,7 +28,8 @@ from fomoe.memory import finish
 from fomoe.models import HEAD_ROWS, Layer, Model
 from fomoe.residency import Residency
 from fomoe.scheduler import Chunk
-from fomoe.trace import Kind, Part, Reason, Stretch, Tracer
+from fomoe.trace import Stretch, Tracer
+from fomoe.trace_format import Kind, Part, Reason
 from fomoe.weights import EmbeddingRows
 
 R = TypeVar("R")

@@ -23,7 +23,8 @@ from fomoe.experts.routes import DECODE, PROMPT, RouteWriter
 from fomoe.experts.store import ExpertStore
 from fomoe.kernels.ops import Routing
 from fomoe.scheduler import Chunk
-from fomoe.trace import Kind, Tracer
+from fomoe.trace import Tracer
+from fomoe.trace_format import Kind
 
 # Displaced experts on their way at a time: enough to keep a drive busy (one is several pieces).
 _BACKFILL_FLIGHT = 2

@@ -18,7 +18,7 @@ from fomoe.loading import Loaded
 from fomoe.scheduler import Chunk, Scheduler
 from fomoe.sequence import Output, Sequence
 from fomoe.stats import PhaseStats, Stats
-from fomoe.trace import Kind, Part
+from fomoe.trace_format import Kind, Part
 
 
 class Runner:

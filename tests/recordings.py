@@ -6,7 +6,8 @@ import random
 from collections import OrderedDict
 from pathlib import Path
 
-from fomoe.trace import Kind, Part, Source, Tracer
+from fomoe.trace import Tracer
+from fomoe.trace_format import Kind, Part, Source
 
 US = 1000
 EXPERT_BYTES = 2 << 20

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from fomoe.errors import FormatError, RequestError
-from fomoe.trace import HEAD, HEADER_BYTES, RECORD, Kind, Part, Source, Tracer
+from fomoe.trace import Tracer
+from fomoe.trace_format import HEAD, HEADER_BYTES, RECORD, Kind, Part, Source
 from fomoe.tracing.recording import read_recording
 
 
@@ -57,7 +58,7 @@ def test_serials_past_32_bits_stay_in_order(tmp_path: Path) -> None:
 
 def test_recording_survives_a_kill(tmp_path: Path) -> None:
     code = (
-        "import sys, time; from fomoe.trace import *\n"
+        "import sys, time; from fomoe.trace import Tracer; from fomoe.trace_format import Kind\n"
         "t = Tracer.create(sys.argv[1], info={'model': 'm'})\n"
         "[t.event(Kind.USE, i, i) for i in range(1000)]\n"
         "print('ready', flush=True); time.sleep(60)\n"

@@ -17,7 +17,8 @@ import pytest
 from chromium import Chromium, find_chromium
 from recordings import record
 
-from fomoe.trace import Kind, Tracer
+from fomoe.trace import Tracer
+from fomoe.trace_format import Kind
 from fomoe.tracing.page import fill_page, kept_steps, page_data
 from fomoe.tracing.recording import read_recording
 from fomoe.tracing.summary import Summary, summarise

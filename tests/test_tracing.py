@@ -19,7 +19,8 @@ from recordings import EXPERT_BYTES, record
 from toy import K_TOY, write_toy
 
 from fomoe import BudgetError, Engine, Sampling, Stats
-from fomoe.trace import Kind, Part, Reason, Source, Tracer
+from fomoe.trace import Tracer
+from fomoe.trace_format import Kind, Part, Reason, Source
 from fomoe.tracing.intervals import covered, following, lanes, union
 from fomoe.tracing.layers import expert_counts
 from fomoe.tracing.recording import read_recording

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from fomoe.experts.device_layout import DeviceLayout
 from fomoe.experts.layer import Resident
 from fomoe.kernels.device import Device, Event
-from fomoe.trace import Kind, Tracer
+from fomoe.trace import Tracer
+from fomoe.trace_format import Kind
 
 Sources = Callable[[Sequence[Resident]], None]
 

@@ -11,7 +11,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from fomoe.io.reader import ReadRequest
-from fomoe.trace import Kind, Reason, Source, Tracer
+from fomoe.trace import Tracer
+from fomoe.trace_format import Kind, Reason, Source
 
 
 @dataclass(slots=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fomoe.trace import Kind, Records, Source
+from fomoe.trace_format import Kind, Records, Source
 from fomoe.tracing.intervals import I64
 from fomoe.tracing.timeline import Timeline, sums
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fomoe.trace import Kind, Part, Records, Source
+from fomoe.trace_format import Kind, Part, Records, Source
 from fomoe.tracing.intervals import I64, lanes
 from fomoe.tracing.layers import expert_counts
 from fomoe.tracing.stalls import StallReasons

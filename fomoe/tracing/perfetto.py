@@ -12,7 +12,7 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from fomoe.trace import Kind, Part, Records
+from fomoe.trace_format import Kind, Part, Records
 from fomoe.tracing.intervals import lanes
 from fomoe.tracing.stalls import StallReasons
 from fomoe.tracing.summary import Summary

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from fomoe.trace import Part, Records, Source
+from fomoe.trace_format import Part, Records, Source
 from fomoe.tracing.intervals import I64, covered, following, preceding, union
 from fomoe.tracing.timeline import StepTimes, Timeline, submitted, sums
 

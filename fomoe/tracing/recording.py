@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fomoe.errors import FormatError, RequestError
-from fomoe.trace import (
+from fomoe.trace_format import (
     COMPACT_PARTS,
     HEAD,
     HEADER_BYTES,

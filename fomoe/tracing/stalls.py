@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from fomoe.trace import Kind, Reason, Records
+from fomoe.trace_format import Kind, Reason, Records
 from fomoe.tracing.intervals import I64, following, preceding
 from fomoe.tracing.timeline import Timeline, submitted
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from fomoe.trace import Kind, Records
+from fomoe.trace_format import Kind, Records
 from fomoe.tracing.layers import LayerTimes, layer_table
 from fomoe.tracing.phases import Phase, phases
 from fomoe.tracing.recording import Recording

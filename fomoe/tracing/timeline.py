@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from fomoe.trace import Kind, Records, Source
+from fomoe.trace_format import Kind, Records, Source
 from fomoe.tracing.intervals import I64, Spans, covered, union
 from fomoe.tracing.recording import Recording
 
