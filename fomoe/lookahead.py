@@ -70,9 +70,9 @@ class Lookahead:
         if place.pins(index):
             return
         absent = [e for e in experts if not place.tier.holds(index, e)]
-        held = self._store.hold(index, absent, place.tier.room_ahead(index))
+        held = self._store.borrow(index, absent, place.tier.room_ahead(index))
         if held:
-            place.tier.copy_ahead(index, held, partial(self._store.release, index))
+            place.tier.copy_ahead(index, held, partial(self._store.give_back, index))
 
     def fetch_on(self, step: ExpertStep) -> None:
         """When a layer has nothing left to submit, the next one's experts may come."""

@@ -78,9 +78,9 @@ class TieredStore(ExpertStore):
         stats.pick_hits += picks
         self._ledger.note_picks(layer, experts, counts, (), {})
 
-    def hold(self, layer: int, experts: Sequence[int], most: int) -> list[Resident]:
+    def borrow(self, layer: int, experts: Sequence[int], most: int) -> list[Resident]:
         """Up to `most` of `experts`, in order, that are ready in slots of the layer: those stay
-        until released."""
+        until given back."""
         state = self._layers[layer]
         found = [state.ready[e] for e in experts if e in state.ready and e not in state.transit][
             :most
@@ -88,8 +88,8 @@ class TieredStore(ExpertStore):
         state.held.update(e[0] for e in found)
         return found
 
-    def release(self, layer: int, experts: Sequence[Resident]) -> None:
-        """What hold() gave may leave."""
+    def give_back(self, layer: int, experts: Sequence[Resident]) -> None:
+        """What borrow() gave may leave."""
         self._layers[layer].held.difference_update(e[0] for e in experts)
 
     # ---- experts that leave the device ----
@@ -155,7 +155,7 @@ class TieredStore(ExpertStore):
             # What a layer finds on its device must not change while its turn lasts.
             if copied or expert in state.loading or tier.is_open(layer) or self._steps[layer]:
                 continue
-            held = self.hold(layer, [expert], min(tier.room(layer), 1))
+            held = self.borrow(layer, [expert], min(tier.room(layer), 1))
             if held:
                 tier.seed(layer, held[0], partial(self._risen, layer))
                 self._rising[layer, expert] = True
@@ -165,7 +165,7 @@ class TieredStore(ExpertStore):
 
     def _risen(self, layer: int, experts: Sequence[Resident]) -> None:
         """A seed is on its device: its slot here is for another."""
-        self.release(layer, experts)
+        self.give_back(layer, experts)
         for expert, *_ in experts:
             self._layers[layer].forget(expert)
             del self._rising[layer, expert]
