@@ -26,7 +26,7 @@ class UringReader(QueuedReader):
 
     def describe(self) -> str:
         files = "yes" if self.files_registered else "no"
-        memory = f"{self.registered_bytes >> 20} MiB" if self.registered_bytes else "no"
+        memory = f"{self.registered_bytes >> 20} MiB so far" if self.registered_bytes else "no"
         if self._why_unregistered:
             memory += f" ({self._why_unregistered})"
         return f"{super().describe()}, files registered: {files}, memory registered: {memory}"
