@@ -4,7 +4,9 @@ Owns: joining the tiers of the devices with the host's. Does not know: copies, w
 
 Both tiers of a layer share one policy: the host's gives away first what the device has, so an
 expert that moved up leaves room for the next best, and one that a better one drives out of the
-device takes that room, if nobody in it is worth more. So what the tiers hold adds up.
+device takes that room, if nobody in it is worth more. So what the tiers hold adds up: on recorded
+routings that took 3 % (10 and 7 % of the experts) to 21 % (20 and 20 %) off the drive's reads
+(tools/tiers).
 """
 
 from __future__ import annotations
