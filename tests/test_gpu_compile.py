@@ -1,4 +1,4 @@
-"""Every kernel compiles for cards that are not here, with few spills and with wide loads.
+"""Every kernel compiles for cards that are not here, without spills and with wide loads.
 
 Each kernel with one type for every target, and every type for one of them in turn.
 """
@@ -23,8 +23,6 @@ LAYERS = (
     "delta solve", "delta chunks", "pick", "stand-ins light", "stand-ins ratio", "stand-ins prior",
     "stand-ins max-rank", "rms_norm", "gated_norm", "activate",
 )  # fmt: skip
-# Bytes a thread that the most demanding ones spill, on the worst target each.
-SPILLED = {"delta chunks": 1088, "rows": 352, "tiles": 352}
 SHARED_BYTES = 64 * 1024  # what every card has
 OTHERS = (
     "matvec Q5_K", "matvec Q8_0", "matvec IQ4_XS", "matvec MXFP4", "matvec F32", "matvec Q5_0",
@@ -59,7 +57,7 @@ def test_kernels_compile(compilers: dict[str, subprocess.Popen[str]], target: st
     results = json.loads(output[output.index("[\n") :])
     assert len(results) >= len(KERNELS)
     for result in results:
-        assert result["spill_bytes"] <= SPILLED.get(result["kernel"], 0), result
+        assert result["spill_bytes"] == 0, result
         assert result["shared_bytes"] <= SHARED_BYTES or result["kernel"] not in LAYERS, result
         loads = {int(size): count for size, count in result["loads"].items()}
         total = sum(size * count for size, count in loads.items())

@@ -17,16 +17,34 @@ import torch
 import triton
 import triton.language as tl
 
+from fomoe.kernels.gpu.launch import arch_of
 from fomoe.kernels.gpu.norm import sigmoid
 from fomoe.kernels.gpu.rope import rotate
 from fomoe.kernels.gpu.steps import TILE, Steps
 from fomoe.kernels.ops import AttentionSpec, KvCache
 
-# Keys at a time, and query rows of a part of a tile: with heads of 256 more of either spill
-# registers, or take more shared memory than the 64 KiB that AMD's cards have.
-BLOCK_N, TILE_ROWS = 32, 32
-WARPS, TILE_WARPS, STAGES = 4, 8, 2
 BLOCK_H = 8  # heads that one program prepares
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Blocks:
+    """`keys` at a time, loads of so many `stages` of them under way; warps of a row's stretch;
+    query rows of a part of a tile, and its warps."""
+
+    keys: int = 32
+    stages: int = 2
+    row_warps: int = 4
+    tile_rows: int = 32
+    tile_warps: int = 8
+
+
+def blocks_of(arch: str) -> Blocks:
+    """With heads of 256 more keys or rows spill registers, or take more shared memory than the
+    64 KiB that AMD's cards have. RDNA 3 (gfx11) holds the factors of its products twice: what fits
+    elsewhere spills some 330 bytes a thread there."""
+    if arch.startswith("gfx11"):
+        return Blocks(keys=16, stages=1, tile_warps=16)
+    return Blocks()
 
 
 @triton.jit
@@ -238,8 +256,9 @@ def attend(
     width = 2 * dim if spec.gated else dim
     block_d = max(16, triton.next_power_of_2(dim))
     cos, sin = steps.rope(spec.rope_dims, spec.rope_base)
-    blocks = triton.cdiv(spec.heads, BLOCK_H) + 2 * triton.cdiv(spec.kv_heads, BLOCK_H)
-    prepare_kernel[(len(q), blocks)](
+    blocks = blocks_of(arch_of(str(q.device)))
+    num_blocks = triton.cdiv(spec.heads, BLOCK_H) + 2 * triton.cdiv(spec.kv_heads, BLOCK_H)
+    prepare_kernel[(len(q), num_blocks)](
         q, k, v, q_norm, k_norm, cos, sin, t.positions, t.page_starts, t.pages, cache.k, cache.v,
         q.stride(0), k.stride(0), v.stride(0), cache.page_tokens, spec.eps,
         HEADS=spec.heads, KV_HEADS=spec.kv_heads, D=dim, Q_WIDTH=width, ROPE=spec.rope_dims,
@@ -254,7 +273,7 @@ def attend(
             scratch.ranges, q.stride(0), cache.page_tokens, spec.scale,
             KV_HEADS=spec.kv_heads, GROUP=group, D=dim, Q_WIDTH=width,
             ROWS=max(16, triton.next_power_of_2(group)), BLOCK_D=block_d, SPLITS=splits,
-            BLOCK_N=BLOCK_N, num_warps=WARPS, num_stages=STAGES,
+            BLOCK_N=blocks.keys, num_warps=blocks.row_warps, num_stages=blocks.stages,
         )  # fmt: skip
         combine_kernel[(steps.num_rows, spec.heads)](
             scratch.sums, scratch.ranges, q, t.rows, out, q.stride(0), out.stride(0),
@@ -262,10 +281,10 @@ def attend(
             BLOCK_S=triton.next_power_of_2(splits), GATED=spec.gated, num_warps=4,
         )  # fmt: skip
     if steps.num_tiles:
-        tiles_kernel[(steps.num_tiles, spec.heads, TILE // TILE_ROWS)](
+        tiles_kernel[(steps.num_tiles, spec.heads, TILE // blocks.tile_rows)](
             q, cache.k, cache.v, t.tiles, t.positions, t.page_starts, t.pages, out,
             q.stride(0), out.stride(0), cache.page_tokens, spec.scale,
-            KV_HEADS=spec.kv_heads, GROUP=group, D=dim, Q_WIDTH=width, ROWS=TILE_ROWS,
-            BLOCK_D=block_d, BLOCK_N=BLOCK_N, GATED=spec.gated, num_warps=TILE_WARPS,
-            num_stages=STAGES,
+            KV_HEADS=spec.kv_heads, GROUP=group, D=dim, Q_WIDTH=width,
+            ROWS=blocks.tile_rows, BLOCK_D=block_d, BLOCK_N=blocks.keys, GATED=spec.gated,
+            num_warps=blocks.tile_warps, num_stages=blocks.stages,
         )  # fmt: skip

@@ -66,7 +66,7 @@ def kernels(arch: str) -> list[Kernel]:
     made += [_gate_up("Q4_K", arch), _down("Q4_K", arch), _down("Q6_K", arch), _combine()]
     made += [_matmul(name) for name in ("Q4_K", "Q6_K", "F16")]
     made += [_grouped_gate_up("Q4_K"), _grouped_down("Q6_K"), _embed("Q4_K")]
-    return [*made, *layer_kernels()]
+    return [*made, *layer_kernels(arch)]
 
 
 def _matvec(name: str, cols: int, arch: str) -> Kernel:

@@ -18,8 +18,8 @@ CONV_DIM, EXPERTS, TOP_K, HIDDEN = 12288, 512, 10, 4096
 SPLITS = 32
 
 
-def layer_kernels() -> list[Kernel]:
-    return [*_norms(), *_attention(), *_delta(), *_routing()]
+def layer_kernels(arch: str) -> list[Kernel]:
+    return [*_norms(), *_attention(arch), *_delta(), *_routing()]
 
 
 def _kernel(
@@ -52,10 +52,11 @@ def _norms() -> list[Kernel]:
     ]  # fmt: skip
 
 
-def _attention() -> list[Kernel]:
+def _attention(arch: str) -> list[Kernel]:
+    blocks = attention.blocks_of(arch)
     caches, steps = "k_cache v_cache", "positions page_starts pages"
     head = dict(KV_HEADS=KV_HEADS, D=HEAD_DIM, Q_WIDTH=2 * HEAD_DIM, BLOCK_D=HEAD_DIM)
-    rest = dict(GROUP=HEADS // KV_HEADS, BLOCK_N=attention.BLOCK_N)
+    rest = dict(GROUP=HEADS // KV_HEADS, BLOCK_N=blocks.keys)
     return [
         _kernel(
             "prepare", attention.prepare_kernel,
@@ -74,7 +75,7 @@ def _attention() -> list[Kernel]:
                 "*fp32": "q sums_out range_out", "*fp16": caches, "*i32": "rows " + steps,
                 "i32": "ld_q page_tokens", "fp32": "scale",
             },
-            head | rest | dict(ROWS=16, SPLITS=SPLITS), attention.WARPS, attention.STAGES,
+            head | rest | dict(ROWS=16, SPLITS=SPLITS), blocks.row_warps, blocks.stages,
         ),
         _kernel(
             "join rows", attention.combine_kernel,
@@ -90,8 +91,8 @@ def _attention() -> list[Kernel]:
                 "*fp32": "q out", "*fp16": caches, "*i32": "tiles " + steps,
                 "i32": "ld_q ld_out page_tokens", "fp32": "scale",
             },
-            head | rest | dict(ROWS=attention.TILE_ROWS, GATED=True), attention.TILE_WARPS,
-            attention.STAGES,
+            head | rest | dict(ROWS=blocks.tile_rows, GATED=True), blocks.tile_warps,
+            blocks.stages,
         ),
     ]  # fmt: skip
 
@@ -134,8 +135,8 @@ def _delta() -> list[Kernel]:
         _kernel(
             "delta chunks", delta.chunks_kernel,
             {
-                "*fp32": "alpha dt_bias a mixed solved out", "*i64": "states",
-                "*i32": "segments", "i32": "ld_mixed ld_alpha ld_out", "fp32": "eps",
+                "*fp32": "mixed solved out", "*i64": "states", "*i32": "segments",
+                "i32": "ld_mixed ld_out",
             },
             chunked | dict(BLOCK_V=delta.BLOCK_V), delta.CHUNK_WARPS, 1,
         ),

@@ -4,12 +4,16 @@ Owns: the kernels and their launches. Does not know: projections, segments (step
 
 Chunked form (fomoe-native's too): with G the running sum of log decays inside a chunk and
 D_ts = exp(G_t - G_s), A = strictly_lower(diag(beta) K K^T . D) and T = (I + A)^-1 diag(beta), the
-chunk writes V' = T (V - diag(exp G) K S0), reads diag(exp G) Q S0 + lower(Q K^T . D) V', and leaves
-S1 = exp(G_last) S0 + (diag(exp(G_last - G)) K)^T V'. T needs no state: it is computed for all
-chunks at once, the rest chunk after chunk.
+chunk writes V' = T (V - diag(exp G) K S0), reads diag(exp G) Q S0 + P V' with P = lower(Q K^T . D),
+and leaves S1 = exp(G_last) S0 + (diag(exp(G_last - G)) K)^T V'. T and P need no state: they are
+computed for all chunks at once, the rest chunk after chunk.
+
+Products over a head's dimensions are sums over pieces of it, loaded one after the other, and it is
+the products that are divided by the lengths of K's and Q's rows: whole rows in registers, each as
+the two bfloat16 that a product takes, spill hundreds of bytes a thread.
 """
 
-# mypy: disable-error-code="no-untyped-def,no-untyped-call,misc,no-any-return"
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,misc,no-any-return,assignment"
 
 from __future__ import annotations
 
@@ -83,19 +87,6 @@ def _log_decay(alpha, dt_bias, a):
 
 
 @triton.jit
-def _load_units(rows, D: tl.constexpr, inside, eps, PIECES: tl.constexpr, PIECE: tl.constexpr):
-    """Vectors [D] at pointers `rows` [CHUNK] divided by their lengths: [PIECES, CHUNK, PIECE].
-
-    Products over D are made of pieces, so that a warp holds a piece and not whole vectors: a
-    product over 128 at once spills thousands of bytes.
-    """
-    i = (tl.arange(0, PIECES) * PIECE)[:, None, None] + tl.arange(0, PIECE)[None, None, :]
-    x = tl.load(rows[None, :, None] + i, mask=inside[None, :, None] & (i < D), other=0.0)
-    squares = tl.sum(tl.sum(x * x, 2), 0)
-    return x / tl.sqrt(squares + eps)[None, :, None]
-
-
-@triton.jit
 def _key_head(head, K_HEADS: tl.constexpr, V_HEADS: tl.constexpr, TILED: tl.constexpr):
     if TILED:
         return head % K_HEADS
@@ -156,8 +147,9 @@ def solve_kernel(
     PIECES: tl.constexpr, PIECE: tl.constexpr, CHUNK: tl.constexpr, PER_TILE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """T of one chunk and head: solved [tile, part of tile, V head, CHUNK, CHUNK]. Grid: tiles,
-    V heads, PER_TILE."""
+    """What one chunk and head needs beside the state: solved [tile, part of tile, V head] of T and
+    P [CHUNK, CHUNK], one over the lengths of k and q, and G [CHUNK]. Grid: tiles, V heads,
+    PER_TILE."""
     tile, head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     start = tl.load(tiles + 4 * tile)
     length = tl.load(tiles + 4 * tile + 1)
@@ -166,29 +158,68 @@ def solve_kernel(
         t = tl.arange(0, CHUNK)
         inside = offset + t < length
         row = (start + offset + t).to(tl.int64)
-        key_at = (K_HEADS + _key_head(head, K_HEADS, V_HEADS, TILED)) * D
-        k = _load_units(mixed + row * ld_mixed + key_at, D, inside, eps, PIECES, PIECE)
+        q_rows = mixed + row * ld_mixed + _key_head(head, K_HEADS, V_HEADS, TILED) * D
+        products = tl.zeros((CHUNK, CHUNK), tl.float32)
+        scores = tl.zeros((CHUNK, CHUNK), tl.float32)
+        k_squares = tl.zeros((CHUNK,), tl.float32)
+        q_squares = tl.zeros((CHUNK,), tl.float32)
+        for piece in range(PIECES):
+            i = piece * PIECE + tl.arange(0, PIECE)
+            there = inside[:, None] & (i < D)[None, :]
+            q = tl.load(q_rows[:, None] + i[None, :], mask=there, other=0.0)
+            k = tl.load(q_rows[:, None] + K_HEADS * D + i[None, :], mask=there, other=0.0)
+            k_squares += tl.sum(k * k, 1)
+            q_squares += tl.sum(q * q, 1)
+            products = tl.dot(k, tl.trans(k), products, input_precision=PRECISION)
+            scores = tl.dot(q, tl.trans(k), scores, input_precision=PRECISION)
+        k_unit = 1.0 / tl.sqrt(k_squares + eps)
+        q_unit = 1.0 / (tl.sqrt(q_squares + eps) * tl.sqrt(float(D)))
         rate = sigmoid(tl.load(beta + row * ld_beta + head, mask=inside, other=0.0))
         rate = tl.where(inside, rate, 0.0)
         g = _chunk_decay(alpha, dt_bias, a, row, inside, ld_alpha, head)
-        below = t[:, None] > t[None, :]
-        decay = tl.exp(tl.where(below, g[:, None] - g[None, :], 0.0))
-        products = tl.sum(tl.dot(k, tl.permute(k, (0, 2, 1)), input_precision=PRECISION), 0)
+        below, upto = t[:, None] > t[None, :], t[:, None] >= t[None, :]
+        decay = tl.exp(tl.where(upto, g[:, None] - g[None, :], 0.0)) * k_unit[None, :]
+        scores = tl.where(upto, scores * q_unit[:, None] * decay, 0.0)
         # inverse - I by forward substitution, row after row
-        inverse = tl.where(below, -rate[:, None] * products * decay, 0.0)
+        inverse = tl.where(below, -(rate * k_unit)[:, None] * products * decay, 0.0)
         for n in range(2, CHUNK):
             own = tl.sum(tl.where(t[:, None] == n, inverse, 0.0), 0)
             own += tl.sum(own[:, None] * inverse, 0)
             inverse = tl.where(t[:, None] == n, own[None, :], inverse)
         inverse += tl.where(t[:, None] == t[None, :], 1.0, 0.0)
-        to = solved + ((tile * PER_TILE + part) * V_HEADS + head).to(tl.int64) * CHUNK * CHUNK
-        tl.store(to + t[:, None] * CHUNK + t[None, :], inverse * rate[None, :])
+        chunk = ((tile * PER_TILE + part) * V_HEADS + head).to(tl.int64)
+        to = solved + chunk * (CHUNK * (2 * CHUNK + 3))
+        square = t[:, None] * CHUNK + t[None, :]
+        tl.store(to + square, inverse * rate[None, :])
+        tl.store(to + CHUNK * CHUNK + square, scores)
+        to += 2 * CHUNK * CHUNK
+        tl.store(to + t, k_unit)
+        tl.store(to + CHUNK + t, q_unit)
+        tl.store(to + 2 * CHUNK + t, g)
+
+
+@triton.jit
+def _chosen(pieces, number, PIECES: tl.constexpr):
+    """Piece `number` of a tuple, which the compiler cannot know: it would unroll the loop over the
+    pieces, and load all of them at once."""
+    found = pieces[0]
+    for n in tl.static_range(1, PIECES):
+        found = tl.where(number == n, pieces[n], found)
+    return found
+
+
+@triton.jit
+def _replaced(pieces, number, piece, PIECES: tl.constexpr):
+    """The tuple with another piece `number`."""
+    result = ()
+    for n in tl.static_range(PIECES):
+        result = result + (tl.where(number == n, piece, pieces[n]),)
+    return result
 
 
 @triton.jit
 def chunks_kernel(
-    mixed, alpha, dt_bias, a, states, segments, solved, out,
-    ld_mixed, ld_alpha, ld_out, eps,
+    mixed, states, segments, solved, out, ld_mixed, ld_out,
     K_HEADS: tl.constexpr, V_HEADS: tl.constexpr, D: tl.constexpr, TILED: tl.constexpr,
     PIECES: tl.constexpr, PIECE: tl.constexpr, BLOCK_V: tl.constexpr, CHUNK: tl.constexpr,
     PER_TILE: tl.constexpr, PRECISION: tl.constexpr,
@@ -201,49 +232,64 @@ def chunks_kernel(
     first_tile = tl.load(segments + 4 * segment + 2)
     number = tl.load(segments + 4 * segment + 3)
     state = tl.load(states + 2 * number + 1).to(tl.pointer_type(tl.float32))
-    t = tl.arange(0, CHUNK)
+    state += head.to(tl.int64) * D * D
+    t, i = tl.arange(0, CHUNK), tl.arange(0, PIECE)
     j = block * BLOCK_V + tl.arange(0, BLOCK_V)
-    i = (tl.arange(0, PIECES) * PIECE)[:, None, None] + tl.arange(0, PIECE)[None, :, None]
-    state_at = state + head.to(tl.int64) * D * D + i + j[None, None, :] * D
-    state_inside = (i < D) & (j < D)[None, None, :]
-    s = tl.load(state_at, mask=state_inside, other=0.0)  # [PIECES, PIECE (of k), BLOCK_V]
+    s = ()  # of pieces [PIECE (of k), BLOCK_V]
+    for n in tl.static_range(PIECES):
+        state_at = state + j[None, :] * D + (n * PIECE + i)[:, None]
+        state_there = (n * PIECE + i < D)[:, None] & (j < D)[None, :]
+        s = s + (tl.load(state_at, mask=state_there, other=0.0),)
     key_at = _key_head(head, K_HEADS, V_HEADS, TILED) * D
     for offset in range(0, length, CHUNK):
         inside = offset + t < length
-        row = (start + offset + t).to(tl.int64)
-        own = mixed + row * ld_mixed
-        k = _load_units(own + K_HEADS * D + key_at, D, inside, eps, PIECES, PIECE)
-        q = _load_units(own + key_at, D, inside, eps, PIECES, PIECE) / tl.sqrt(float(D))
+        own = mixed + (start + offset + t).to(tl.int64) * ld_mixed
+        chunk = ((first_tile * PER_TILE + offset // CHUNK) * V_HEADS + head).to(tl.int64)
+        ready = solved + chunk * (CHUNK * (2 * CHUNK + 3))
+        square = t[:, None] * CHUNK + t[None, :]
+        k_unit = tl.load(ready + 2 * CHUNK * CHUNK + t)
+        q_unit = tl.load(ready + 2 * CHUNK * CHUNK + CHUNK + t)
+        g = tl.load(ready + 2 * CHUNK * CHUNK + 2 * CHUNK + t)
+        known = tl.zeros((CHUNK, BLOCK_V), tl.float32)
+        result = tl.zeros((CHUNK, BLOCK_V), tl.float32)
+        for piece in range(PIECES):
+            own_s = _chosen(s, piece, PIECES)
+            at = own[:, None] + (key_at + piece * PIECE + i)[None, :]
+            there = inside[:, None] & (piece * PIECE + i < D)[None, :]
+            q = tl.load(at, mask=there, other=0.0)
+            k = tl.load(at + K_HEADS * D, mask=there, other=0.0)
+            known = tl.dot(k, own_s, known, input_precision=PRECISION)
+            result = tl.dot(q, own_s, result, input_precision=PRECISION)
         values = inside[:, None] & (j < D)[None, :]
-        at = own[:, None] + (2 * K_HEADS * D + head * D + j)[None, :]
-        v = tl.load(at, mask=values, other=0.0)
-        g = _chunk_decay(alpha, dt_bias, a, row, inside, ld_alpha, head)
-        grown = tl.exp(g)[:, None]
-        chunk = (first_tile * PER_TILE + offset // CHUNK) * V_HEADS + head
-        t_at = solved + chunk.to(tl.int64) * CHUNK * CHUNK + t[:, None] * CHUNK + t[None, :]
-        known = tl.sum(tl.dot(k, s, input_precision=PRECISION), 0) * grown
-        written = tl.dot(tl.load(t_at), v - known, input_precision=PRECISION)
-        upto = t[:, None] >= t[None, :]
-        decay = tl.exp(tl.where(upto, g[:, None] - g[None, :], 0.0))
-        scores = tl.sum(tl.dot(q, tl.permute(k, (0, 2, 1)), input_precision=PRECISION), 0)
-        scores = tl.where(upto, scores * decay, 0.0)
-        result = tl.sum(tl.dot(q, s, input_precision=PRECISION), 0) * grown
-        result += tl.dot(scores, written, input_precision=PRECISION)
-        to = out + row[:, None] * ld_out + (head * D + j)[None, :]
+        v = tl.load(
+            own[:, None] + (2 * K_HEADS * D + head * D + j)[None, :], mask=values, other=0.0
+        )
+        v -= known * (tl.exp(g) * k_unit)[:, None]
+        written = tl.dot(tl.load(ready + square), v, input_precision=PRECISION)
+        scores = tl.load(ready + CHUNK * CHUNK + square)
+        result *= (tl.exp(g) * q_unit)[:, None]
+        result = tl.dot(scores, written, result, input_precision=PRECISION)
+        to = out + (start + offset + t).to(tl.int64)[:, None] * ld_out + (head * D + j)[None, :]
         tl.store(to, result, mask=values)
         last = tl.min(g)  # log decays are not positive
-        faded = tl.broadcast_to(
-            (written * tl.exp(last - g)[:, None])[None, :, :], (PIECES, CHUNK, BLOCK_V)
-        )
-        s = s * tl.exp(last)
-        s += tl.dot(tl.permute(k, (0, 2, 1)), faded, input_precision=PRECISION)
-    tl.store(state_at, s, mask=state_inside)
+        written *= (tl.exp(last - g) * k_unit)[:, None]
+        for piece in range(PIECES):
+            own_s = _chosen(s, piece, PIECES)
+            at = own[None, :] + (K_HEADS * D + key_at + piece * PIECE + i)[:, None]
+            there = inside[None, :] & (piece * PIECE + i < D)[:, None]
+            k = tl.load(at, mask=there, other=0.0)
+            own_s = tl.dot(k, written, own_s * tl.exp(last), input_precision=PRECISION)
+            s = _replaced(s, piece, own_s, PIECES)
+    for n in tl.static_range(PIECES):
+        state_at = state + j[None, :] * D + (n * PIECE + i)[:, None]
+        state_there = (n * PIECE + i < D)[:, None] & (j < D)[None, :]
+        tl.store(state_at, s[n], mask=state_there)
 
 
 @dataclass(frozen=True, slots=True)
 class DeltaScratch:
-    """mixed: float32 [tokens, conv_dim], what the convolution gave. solved: float32, for the chunks
-    of long segments."""
+    """mixed: float32 [tokens, conv_dim], what the convolution gave. solved: float32, what
+    solve_kernel makes of the chunks of long segments."""
 
     mixed: torch.Tensor
     solved: torch.Tensor
@@ -251,7 +297,8 @@ class DeltaScratch:
 
 def solved_floats(spec: DeltaSpec, max_tokens: int, num_segments: int) -> int:
     """Floats of DeltaScratch.solved for steps of that size."""
-    return (max_tokens // TILE + num_segments) * TILE * CHUNK * spec.v_heads
+    num_chunks = (max_tokens // TILE + num_segments) * TILE // CHUNK
+    return num_chunks * CHUNK * (2 * CHUNK + 3) * spec.v_heads
 
 
 def _precision(x: torch.Tensor) -> str:
@@ -310,8 +357,7 @@ def delta_net(
             **chunked,
         )  # fmt: skip
         chunks_kernel[(steps.num_long, spec.v_heads, triton.cdiv(dim, block_v))](
-            mixed, alpha, dt_bias, a, states, t.long, scratch.solved, out,
-            mixed.stride(0), alpha.stride(0), out.stride(0), spec.eps,
+            mixed, states, t.long, scratch.solved, out, mixed.stride(0), out.stride(0),
             **chunked, BLOCK_V=block_v,
         )  # fmt: skip
     gated_norm(out, z, norm, spec.v_heads, spec.eps)
