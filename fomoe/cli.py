@@ -11,13 +11,11 @@ import argparse
 import asyncio
 import importlib
 import io
-import os
-import signal
 import sys
 from collections.abc import Coroutine, Sequence
 from typing import Any
 
-from fomoe.errors import FomoeError
+from fomoe.exit_status import exit_status
 
 # Commands are imported when they run, so that `fomoe --help` stays instant.
 _COMMANDS = {
@@ -28,28 +26,10 @@ _COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status: 0, 1 (error), 2 (bad usage), 130 (Ctrl-C), 141 (what
-    is printed is not read) or 143 (SIGTERM).
+    """Run a command; returns the exit status: as exit_status(), or 143 (SIGTERM). Bad usage exits
+    with 2.
     """
-    _fill_streams()
-    try:
-        status = _main(argv)
-        sys.stdout.flush()
-        return status
-    except FomoeError as error:
-        print(f"fomoe: error: {error}", file=sys.stderr)
-        return 1
-    except BrokenPipeError:
-        _drop_stdout()
-        return 128 + signal.SIGPIPE
-    except OSError as error:
-        _drop_stdout()
-        where = f"{error.filename}: " if error.filename else ""
-        print(f"fomoe: error: {where}{error.strerror or error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\nfomoe: interrupted", file=sys.stderr)
-        return 128 + signal.SIGINT
+    return exit_status("fomoe", lambda: _main(argv))
 
 
 def _main(argv: Sequence[str] | None) -> int:
@@ -74,27 +54,6 @@ def _main(argv: Sequence[str] | None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that is not of UTF-8
     return _run_loop(args.run(args))
-
-
-def _fill_streams() -> None:
-    """Standard streams that the caller has closed (>&-) lead nowhere: left as they are, files that
-    are opened next would take their place, and Python would print figures on stdout.
-    """
-    for number in range(3):
-        try:
-            os.fstat(number)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
-    sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)
-    sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
-
-
-def _drop_stdout() -> None:
-    """What could not be written must not be tried again when the interpreter ends."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _run_loop(main_task: Coroutine[Any, Any, int]) -> int:

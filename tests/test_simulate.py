@@ -261,7 +261,9 @@ def test_command_line_refuses(
     path = tmp_path / "ids.npz"
     np.savez(path, trace0=make_trace(20).ids)
     monkeypatch.setattr(sys, "argv", ["simulate", str(path), "--expert-bytes", "1e6", *arguments])
-    assert runpy.run_path(str(SIMULATE))["main"]() == 1
+    with pytest.raises(SystemExit) as exit_:
+        runpy.run_path(str(SIMULATE), run_name="__main__")
+    assert exit_.value.code == 1
     assert why in capsys.readouterr().err
 
 

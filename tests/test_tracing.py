@@ -236,7 +236,7 @@ def test_show_on_the_command_line(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:70_000])
     cut = tool("show", path)
     assert cut.returncode == 1
-    assert cut.stderr.startswith(f"trace: {path} is cut short")
+    assert cut.stderr.startswith(f"trace: error: {path} is cut short")
     assert len(cut.stderr.splitlines()) == 1
 
 

@@ -34,8 +34,10 @@ def train(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
 
     def run(*arguments: str | Path) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", list(map(str, (TRAIN_DEMO, *arguments))))
-        status: int = runpy.run_path(str(TRAIN_DEMO))["main"]()
-        return (status, *capsys.readouterr())
+        with pytest.raises(SystemExit) as exit_:
+            runpy.run_path(str(TRAIN_DEMO), run_name="__main__")
+        assert isinstance(exit_.value.code, int)
+        return (exit_.value.code, *capsys.readouterr())
 
     return run
 
