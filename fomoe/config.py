@@ -16,6 +16,9 @@ from fomoe.experts.predict import Mode
 from fomoe.io.files import Direct
 from fomoe.io.open import Io
 
+# Beyond any machine's; scratch memory is counted by the thread.
+_MAX_THREADS = 4096
+
 _UNITS = {
     "": 1, "b": 1,
     "k": 1 << 10, "kib": 1 << 10, "kb": 10**3,
@@ -107,8 +110,8 @@ class EngineOptions:
         for name in ("context", "ubatch", "parallel"):
             if getattr(self, name) < 1:
                 raise RequestError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if self.threads is not None and self.threads < 1:
-            raise RequestError(f"threads must be at least 1, not {self.threads}")
+        if self.threads is not None and not 1 <= self.threads <= _MAX_THREADS:
+            raise RequestError(f"threads must be 1 to {_MAX_THREADS}, not {self.threads}")
         if self.dram is not None and self.dram < 1:
             raise RequestError(f"dram must be a positive number of bytes, not {self.dram}")
         if not 0.0 < self.cache_share <= 1.0:

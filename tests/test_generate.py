@@ -110,6 +110,7 @@ def test_the_same_seed_gives_the_same_text(generate):
         (["-p", "x", "-c", "1000000000000"], "shorten the context"),
         (["-p", "x", "-ub", "0"], "ubatch must be"),
         (["-p", "x", "-t", "-1"], "threads must be"),
+        (["-p", "x", "-t", "100000"], "threads must be 1 to 4096"),
         (["-p", "x", "--temp", "nan"], "temperature must be"),
         (["-p", "x", "--top-p", "1.5"], "top_p must be"),
         (["-p", "x", "--repeat-penalty", "inf"], "repeat_penalty must be"),

@@ -16,6 +16,8 @@ from fomoe.errors import RequestError
 from fomoe.host import num_processors
 from fomoe.kernels.bandwidth import measure_read_bandwidth
 
+_MAX_TESTS = 10_000  # of one flag: a range is written quickly
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
@@ -115,6 +117,8 @@ def _numbers(text: str) -> list[int]:
             raise argparse.ArgumentTypeError(f"{part!r} never ends")
         number = first
         while number <= last:
+            if len(numbers) == _MAX_TESTS:
+                raise argparse.ArgumentTypeError(f"{part!r} is more than {_MAX_TESTS} tests")
             numbers.append(number)
             number = number * step if match[3] == "*" else number + step
     return numbers
