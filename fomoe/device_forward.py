@@ -197,6 +197,7 @@ class DeviceForward(Forward):
         if below and self._read_ahead and not audit:
             self._lookahead.ask(below, place, self._tokens, segments)
         await self._reached(heard)
+        self._tiered.note_heard(index, time.perf_counter_ns() - begin)
         self._lookahead.forget(index)
         self._note(Part.ROUTE, index, begin)
         routing = turn.routing

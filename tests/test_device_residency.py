@@ -2,6 +2,7 @@
 
 import asyncio
 import ctypes
+import time
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from fomoe import Engine
 from fomoe.experts.car import CacheAwareRouter
 from fomoe.experts.car_options import CarOptions
 from fomoe.experts.profile import serialise, write_atomically
+from fomoe.io.reader import ReadRequest
 from fomoe.residency import Residency
 
 
@@ -100,6 +102,23 @@ def test_stand_ins_and_audits_while_reads_land(model):
             assert stats.substitutions
             assert stats.audits
             assert_all_slots_are_somewhere(engine)
+
+    run(main())
+
+
+def test_a_read_that_lands_before_the_picks_are_known_is_no_stall(model):
+    async def main():
+        async with Engine.open(model, device="cpu,cpu", **OPTIONS) as engine:
+            store = engine.loaded.store
+            store._read_ns = 1e12
+            now = time.perf_counter_ns()
+            request = ReadRequest(extents=(), done=lambda request: None, submitted_ns=now)
+            store._layers[1].loading[7] = request
+            assert not store.available(1)[7]
+            store.note_heard(1, 2 * 10**12)
+            assert store.available(1)[7]
+            assert not store.available(1, in_flight=False)[7]
+            del store._layers[1].loading[7]
 
     run(main())
 

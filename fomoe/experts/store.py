@@ -100,9 +100,12 @@ class ExpertStore:
         experts = np.flatnonzero(sums)
         cache.touch(experts, self.clock, sums[experts] * (PROMPT_AMOUNT if prompt else 1.0))
 
-    def available(self, layer: int, *, in_flight: bool = True) -> npt.NDArray[np.bool_]:
+    def available(
+        self, layer: int, *, in_flight: bool = True, begins_ns: float = 0.0
+    ) -> npt.NDArray[np.bool_]:
         """Experts whose use would not stall, bool [experts]: ready, or (`in_flight`) being read and
-        expected before the ready ones of a step have been computed. A copy."""
+        expected before the ready ones of a step have been computed that begins in `begins_ns`. A
+        copy."""
         state = self._layers[layer]
         result = state.cache.resident.copy()
         result[list(state.transit)] = True
@@ -110,7 +113,7 @@ class ExpertStore:
         for expert, request in state.loading.items():
             begun = request.submitted_ns
             lands = begun + self._read_ns if begun else now + 2 * self._read_ns
-            result[expert] = in_flight and lands <= now + state.window_ns
+            result[expert] = in_flight and lands <= now + begins_ns + state.window_ns
         return result
 
     async def settle(self) -> None:

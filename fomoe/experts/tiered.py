@@ -37,6 +37,7 @@ class TieredStore(ExpertStore):
         self._tiers = tiers
         for tier in dict.fromkeys(tiers.values()):
             tier.below = self
+        self._until_heard_ns = [0.0] * self.num_layers
         # Seeds (layer, expert) that are for the device, and whether they are being copied.
         self._rising: dict[tuple[int, int], bool] = {}
 
@@ -51,9 +52,18 @@ class TieredStore(ExpertStore):
         super().note_uses(layer, ids, prompt=prompt, amounts=amounts)
         self._tiers[layer].tick(layer, self.clock)
 
-    def available(self, layer: int, *, in_flight: bool = True) -> npt.NDArray[np.bool_]:
-        above = self._tiers[layer].resident(layer)
-        return super().available(layer, in_flight=in_flight) | above
+    def available(
+        self, layer: int, *, in_flight: bool = True, begins_ns: float = 0.0
+    ) -> npt.NDArray[np.bool_]:
+        """As in ExpertStore. A device is told before the layer's turn, not after its router."""
+        begins_ns += self._until_heard_ns[layer]
+        here = super().available(layer, in_flight=in_flight, begins_ns=begins_ns)
+        return here | self._tiers[layer].resident(layer)
+
+    def note_heard(self, layer: int, elapsed_ns: int) -> None:
+        """The layer's picks are known so long after its turn was queued."""
+        mean = self._until_heard_ns[layer]
+        self._until_heard_ns[layer] += (elapsed_ns - mean) / 16 if mean else elapsed_ns
 
     def is_ready(self, layer: int, expert: int) -> bool:
         return self._tiers[layer].holds(layer, expert) or super().is_ready(layer, expert)
