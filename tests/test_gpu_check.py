@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
+from importlib.machinery import SourceFileLoader
+from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +132,67 @@ def test_what_a_process_had_said_is_kept_when_its_time_is_over(tmp_path: Path) -
     processes.stop()
     with pytest.raises(PartError, match="stopped"):
         processes.run("-c", "", seconds=1)
+
+
+class Recorded(Processes):
+    """What would be run, and what it would say."""
+
+    def __init__(self, said: dict[str, list[dict[str, Any]]]) -> None:
+        self.environment: dict[str, str] = {}
+        self.ran: list[tuple[str, ...]] = []
+        self._said = said
+
+    def run(self, *arguments: str | Path, seconds: float, tell: Any = None) -> str:
+        self.ran.append(tuple(map(str, arguments)))
+        for part in self._said.get(str(arguments[0]), []):
+            tell(part)
+        return ""
+
+
+def planned(tmp_path: Path, **changes: Any) -> Any:
+    """A check of a card with 20 GiB free, and what it would run of a model of 1 MB."""
+    loader = SourceFileLoader("gpu_check", str(TOOL))
+    spec = spec_from_loader("gpu_check", loader)
+    assert spec
+    module = module_from_spec(spec)
+    loader.exec_module(module)
+    arguments = {
+        "dry_run": False, "minutes": 10, "out": tmp_path / "report.json", "vram": "24GiB,16GiB",
+        "dram": None,
+    } | changes  # fmt: skip
+    made = module.Check(argparse.Namespace(**arguments), tmp_path)
+    made.device = "cuda:0"
+    made.report.add({"device": {"free_bytes": 20 << 30}, "limits": {"copy_gb_per_second": 1.0}})
+    made.processes = Recorded({"tools/gpu_models.py": [{"generation": {"tokens": 8}}]})
+    (tmp_path / "model.gguf").write_bytes(bytes(1 << 20))
+    made.runs(tmp_path / "model.gguf")
+    return made
+
+
+def test_runs_are_those_that_the_card_has_room_for(tmp_path: Path) -> None:
+    made = planned(tmp_path)
+    data = made.report.data
+    assert [(run["vram"], run["car"]) for run in data["runs"]] == [
+        ("16GiB", "off"), ("16GiB", "on"), ("all", "off"),
+    ]  # fmt: skip
+    assert all(run["generation"] == {"tokens": 8} for run in data["runs"])
+    assert data["skipped"] == [
+        {"step": "runs with 24GiB", "reason": "the card has 20.0 GiB free"},
+    ]
+    ran = made.processes.ran
+    assert ["--vram" in arguments for arguments in ran] == [True, True, False]
+    # The first one compiles the kernels; the last one has what is left.
+    seconds = [float(a[a.index("--seconds") + 1]) for a in ran]
+    assert seconds == pytest.approx([320, 595, 595], abs=2)
+
+
+def test_runs_for_which_no_time_is_left_are_named(tmp_path: Path) -> None:
+    data = planned(tmp_path, minutes=0.5).report.data
+    assert [skipped["step"] for skipped in data["skipped"]] == [
+        "runs with 24GiB", "run 16GiB, CAR off", "run 16GiB, CAR on", "run all, CAR off",
+    ]  # fmt: skip
+    assert data["skipped"][1]["reason"] == "30 s were left"
+    assert "runs" not in data
 
 
 def test_the_table_says_what_is_missing_and_why(tmp_path: Path) -> None:

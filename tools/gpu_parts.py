@@ -76,6 +76,7 @@ class Processes:
             finally:
                 in_time = timer.is_alive()
                 timer.cancel()
+                kill(process)  # where reading was interrupted
                 self._running.discard(process)
             if process.returncode:
                 errors.seek(0)
