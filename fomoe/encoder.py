@@ -6,7 +6,8 @@ tokens, decoding.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 
 import tokenizers
 from tokenizers import Regex, normalizers, pre_tokenizers
@@ -17,6 +18,26 @@ from fomoe.pretokenizers import PreTokenizer
 
 SPACE_MARK = "▁"
 """What SentencePiece writes for a space."""
+
+
+# The package needs 150 bytes for a character while it encodes; texts are books at times.
+_PIECE_CHARS = 1 << 16
+# Before a blank between letters or digits: no expression of a pre-tokenizer matches across that, or
+# sees anything else there than at a text's end.
+_BETWEEN_WORDS = re.compile(r"(?<=[^\W_])(?=[ \n][^\W_])")
+
+
+def pieces(text: str) -> Iterator[str]:
+    """A long text cut between words, so that byte-level BPE gives the same tokens for the pieces as
+    for the whole."""
+    begin = 0
+    while len(text) - begin > _PIECE_CHARS:
+        found = _BETWEEN_WORDS.search(text, begin + _PIECE_CHARS)
+        if found is None:
+            break
+        yield text[begin : found.start()]
+        begin = found.start()
+    yield text[begin:]
 
 
 def build_bpe(

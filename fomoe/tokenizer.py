@@ -15,7 +15,7 @@ from typing import Final
 import numpy as np
 import tokenizers
 
-from fomoe.encoder import SPACE_MARK, build_bpe, build_sentencepiece
+from fomoe.encoder import SPACE_MARK, build_bpe, build_sentencepiece, pieces
 from fomoe.errors import FormatError, RequestError, UnsupportedError
 from fomoe.gguf import GgufFile
 from fomoe.pretokenizers import PRE_TOKENIZERS, PreTokenizer
@@ -147,10 +147,12 @@ class Tokenizer:
         when the text has its own); `parse_special` takes special tokens spelt out in the text for
         what they are, otherwise they are plain text, as text from a stranger should be.
         """
+        ids: list[int] = []
         with self._lock:
             self._encoder.encode_special_tokens = not parse_special
             try:
-                ids: list[int] = self._encoder.encode(text, add_special_tokens=False).ids
+                for piece in pieces(text) if self._pre else (text,):
+                    ids += self._encoder.encode(piece, add_special_tokens=False).ids
             except (UnicodeEncodeError, TypeError):
                 raise RequestError("the text holds lone surrogates: it is not Unicode") from None
         if add_special and self.adds_bos and self.bos_id is not None and ids[:1] != [self.bos_id]:

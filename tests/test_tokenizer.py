@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, models, normalizers, pre_tokenizers, trainers
 
+from fomoe import encoder
 from fomoe.demo import DEMO_MODEL
 from fomoe.encoder import merges_of_scores
 from fomoe.errors import FomoeError, FormatError, RequestError, UnsupportedError
@@ -158,6 +159,22 @@ def test_bpe_families(tmp_path: Path, pre: str) -> None:
         assert ids == trained.encode(text, add_special_tokens=False).ids
         want = normalizers.NFC().normalize_str(text) if pre.startswith("qwen") else text
         assert ours.decode(ids, skip_special=False) == want
+
+
+@pytest.mark.parametrize("pre", FAMILIES)
+def test_long_texts_are_encoded_in_pieces(
+    tmp_path: Path, pre: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = [*CASES, "one\ntwo\n3\n\nfour!\n/five\n_six\n'll\r\nseven\n e\nÜ", "end\n"]
+    text = "\n".join(random.Random(1).choices(lines, k=60)) + "<|im_start|>\nsystem\nx"
+    ours = Tokenizer.from_gguf(
+        bpe_file(tmp_path / "m.gguf", pre, train(*FAMILIES[pre], whole_words=pre == "glm4"))
+    )
+    whole = ours.encode(text)
+    monkeypatch.setattr("fomoe.encoder._PIECE_CHARS", 16)
+    assert len(list(encoder.pieces(text))) > 50
+    assert "".join(encoder.pieces(text)) == text
+    assert ours.encode(text) == whole
 
 
 def test_deepseek_llm_splits(tmp_path: Path) -> None:
