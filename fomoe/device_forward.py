@@ -63,17 +63,23 @@ class DeviceForward(Forward):
         self._lookahead = Lookahead(places, self._tiered, self._residency)
 
     async def run(self, chunks: Sequence[Chunk]) -> list[Logits]:
-        """As Forward.run. However it ends, no device has anything left to do then."""
+        """As Forward.run. However it ends, no device reads experts in host memory then."""
+        complete = False
         try:
-            return await super().run(chunks)
+            logits = await super().run(chunks)
+            complete = True
+            return logits
         finally:
-            await finish(asyncio.ensure_future(self._quiesce()))
+            await finish(asyncio.ensure_future(self._end(complete)))
 
-    async def _quiesce(self) -> None:
+    async def _end(self, complete: bool) -> None:
+        """Where no expert was missing there is nothing to wait for: the logits came last."""
         self._lookahead.clear()
         self._unfinished = None
         try:
-            await self._drain(self._devices)
+            reads = self._tiered.num_borrowed or any(turn.step for turn in self._turns)
+            if reads or not complete:
+                await self._drain(self._devices)
         finally:
             for turn in self._turns:
                 turn.close()

@@ -187,9 +187,10 @@ class Fleet:
     ) -> tuple[Model, float]:
         """The model, its tensors `names` being in the devices, but for an embedding that is held;
         and the rate of reading, GB/s."""
-        # Closed before the arena is.
+        # Closed before the arena is, and once no copy of experts is under way.
         for device in self.devices:
             exits.callback(device.unpin)
+            exits.callback(device.synchronize)
         dense = [name for name in names if name in self._hp.dense_tensors]
         weights = DeviceWeights(self._gguf, dense, self._owner, arena, reader.alignment)
         self._bounce = weights.bounce, weights.bounce_bytes

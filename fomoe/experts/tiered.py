@@ -37,6 +37,7 @@ class TieredStore(ExpertStore):
         self._tiers = tiers
         for tier in dict.fromkeys(tiers.values()):
             tier.below = self
+        self.num_borrowed = 0  # experts that copies read
         self._until_heard_ns = [0.0] * self.num_layers
         # Seeds (layer, expert) that are for the device, and whether they are being copied.
         self._rising: dict[tuple[int, int], bool] = {}
@@ -98,10 +99,12 @@ class TieredStore(ExpertStore):
             :most
         ]
         state.held.update(e[0] for e in found)
+        self.num_borrowed += len(found)
         return found
 
     def give_back(self, layer: int, experts: Sequence[Resident]) -> None:
         """What borrow() gave may leave."""
+        self.num_borrowed -= len(experts)
         self._layers[layer].held.difference_update(e[0] for e in experts)
 
     # ---- experts that leave the device ----
