@@ -117,7 +117,7 @@ class Outputs:
     def profile(self) -> npt.NDArray[np.float32] | None:
         """Use counts of earlier runs, halved: float32 [layers, experts], written back when the
         engine closes. A profile that cannot serve is refused with one line, and the run goes on
-        cold."""
+        cold; RequestError for a file that is no profile."""
         path = self._options.profile
         if path is None:
             return None

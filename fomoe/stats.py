@@ -22,7 +22,8 @@ class PhaseStats:
 
     A pick is one expert of one token at one layer; a hit is a pick whose expert was in memory when
     the router named it; expert_reads and expert_bytes are of the drives. stall_seconds: the forward
-    had nothing to compute until a read landed.
+    had nothing to compute until a read landed. Shares and rates are from 0 to 1, and None where
+    nothing was counted.
     """
 
     tokens: int = 0
@@ -133,12 +134,11 @@ def _prefetch_lines(stats: ResidencyStats) -> list[str]:
 
 
 def _switched(prefetch: PrefetchStats) -> str:
-    if not prefetch.switched_off:
+    times = prefetch.switched_off
+    if not times:
         return ""
-    return (
-        f"; found not to pay {prefetch.switched_off} times,"
-        f" now {'off' if prefetch.paused else 'on again'}"
-    )
+    often = "once" if times == 1 else f"{times} times"
+    return f"; found not to pay {often}, now {'off' if prefetch.paused else 'on again'}"
 
 
 def car_lines(stats: ResidencyStats) -> list[str]:
