@@ -30,18 +30,15 @@ from fomoe.experts.layer import Resident
 from fomoe.experts.placement import LayerPlacement
 from fomoe.experts.tiered import TieredStore
 from fomoe.forward import Forward, Logits, distinct, lost_expert
-from fomoe.kernels.device import Device, Event
 from fomoe.kernels.ops import KvCache, Routing, Segment
 from fomoe.lookahead import Lookahead
 from fomoe.memory import finish
 from fomoe.models import HEAD_ROWS, Layer
 from fomoe.places import Place
 from fomoe.scheduler import Chunk
+from fomoe.signals import Signal, drain
 from fomoe.trace_format import Part
 from fomoe.turn import Turn
-
-# A device, an event of it, and what is set when that has been reached.
-Signal = tuple[Device, Event, "asyncio.Future[None]"]
 
 
 class DeviceForward(Forward):
@@ -79,38 +76,13 @@ class DeviceForward(Forward):
         try:
             reads = self._tiered.num_borrowed or any(turn.step for turn in self._turns)
             if reads or not complete:
-                await self._drain(self._devices)
+                await drain(self._devices)
         finally:
             for turn in self._turns:
                 turn.close()
             self._turns.clear()
             for place in dict.fromkeys(self._places):
                 place.tier.end_all()
-
-    async def _drain(self, devices: Sequence[Device]) -> None:
-        """All that these devices were given has been done, and told."""
-        streams = [(d, stream) for d in devices for stream in (d.uploads, d.compute, d.downloads)]
-        signals = [self._signal(device, stream.record()) for device, stream in streams]
-        for signal in signals:
-            # Not `_reached`: callbacks that came due before have to be called, too.
-            await signal[2]
-        for signal in signals:
-            await self._reached(signal)
-
-    def _signal(self, device: Device, event: Event) -> Signal:
-        """Ask to be told, before other work is queued, of an event that will be waited for."""
-        future = asyncio.get_running_loop().create_future()
-        device.when(event, lambda: None if future.done() else future.set_result(None))
-        return device, event, future
-
-    async def _reached(self, signal: Signal) -> None:
-        """Wait until an event has been reached; raises what went wrong on the device."""
-        device, event, future = signal
-        if not event.done():
-            await future
-        failure = device.failure()
-        if failure is not None:
-            raise failure
 
     async def _audit(
         self, chunks: Sequence[Chunk], rows: npt.NDArray[np.uint8], segments: Sequence[Segment]
@@ -160,7 +132,7 @@ class DeviceForward(Forward):
 
         device.compute.call(work)
         begin = time.perf_counter_ns()
-        await self._reached(self._signal(device, device.compute.record()))
+        await Signal(device, device.compute.record()).reached()
         self._note(Part.HEAD, -1, begin)
         return host
 
@@ -195,14 +167,14 @@ class DeviceForward(Forward):
         place.tier.begin(index)
         substitutes = self._residency.substitutes and not audit
         if substitutes:
-            place.tier.offer(index, *self._residency.offer(index))
+            place.offers[index].offer(*self._residency.offer(index))
         before, self._unfinished = self._unfinished, None
         turn.queue(turn.do_begin, segments, cache, before, substitutes)
-        heard = self._signal(place.device, turn.heard)
+        heard = Signal(place.device, turn.heard)
         below = self._model.layers[index + 1] if index + 1 < len(self._model.layers) else None
         if below and self._read_ahead and not audit:
             self._lookahead.ask(below, place, self._tokens, segments)
-        await self._reached(heard)
+        await heard.reached()
         self._tiered.note_heard(index, time.perf_counter_ns() - begin)
         self._lookahead.forget(index)
         self._note(Part.ROUTE, index, begin)
@@ -248,7 +220,7 @@ class DeviceForward(Forward):
             if ready:
                 await self._place(turn, ready, placement, counts)
             if place.fixed:
-                await self._drain([place.device])
+                await drain([place.device])
                 turn.settle()
             self._lookahead.fetch_on(step)
             ready = await step.landed()

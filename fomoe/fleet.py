@@ -21,7 +21,7 @@ from fomoe.device_weights import DeviceWeights, bounce_bytes
 from fomoe.errors import RequestError, UnsupportedError
 from fomoe.experts.cache import ExpertCache, make_policy
 from fomoe.experts.device_layout import DeviceLayout
-from fomoe.experts.device_rule import device_rule
+from fomoe.experts.device_offer import make_offers
 from fomoe.experts.device_slots import DeviceSlots
 from fomoe.experts.device_tier import DeviceTier
 from fomoe.experts.layout import ExpertLayout
@@ -292,26 +292,10 @@ class Fleet:
                     pinned=self._pinned,
                     fixed=options.deterministic,
                     helper=helper,
-                    stand_ins=self._stand_ins(device, ops, tiers[number], own),
+                    offers=make_offers(device, ops, options.car, {p.index: p.moe for p in own}),
                 )
             )
         return [made[p.index % len(made)] for p in hp.layers]
-
-    def _stand_ins(
-        self, device: Device, ops: DeviceOps, tier: DeviceTier, layers: Sequence[LayerParameters]
-    ) -> dict[int, Any]:
-        if self._options.car.rule == "off":
-            return {}
-        rules = {p.index: device_rule(self._options.car, p.moe.top_k) for p in layers}
-        made: dict[int, Any] = {}
-
-        def make() -> None:
-            for p in layers:
-                made[p.index] = ops.stand_ins(p.moe, rules[p.index], tier.offered(p.index))
-
-        device.compute.call(make)
-        device.synchronize()
-        return made
 
 
 def open_fleet(

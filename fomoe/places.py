@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from fomoe.experts.device_offer import DeviceOffer
 from fomoe.experts.device_tier import DeviceTier
 from fomoe.experts.placement import Costs, LayerPlacement, Side
 from fomoe.host_experts import HostExperts
@@ -20,7 +21,7 @@ class Place:
     """One device. `costs`: of its layers' experts. `pinned`: layers whose experts the processor
     computes. `fixed`: nothing that takes its time decides where experts are computed, or who stays.
     `helper`: the processor, where the device cannot read host memory as its own.
-    `stand_ins`: of its layers, what DeviceOps.stand_ins made, where cache-aware routing is on."""
+    `offers`: of its layers, where cache-aware routing is on."""
 
     def __init__(
         self,
@@ -34,7 +35,7 @@ class Place:
         pinned: frozenset[int] = frozenset(),
         fixed: bool = False,
         helper: HostExperts | None = None,
-        stand_ins: Mapping[int, Any] | None = None,
+        offers: Mapping[int, DeviceOffer] | None = None,
     ) -> None:
         self.device, self.ops, self.tier, self.helper = device, ops, tier, helper
         self._row_bytes = 4 * hidden
@@ -43,7 +44,7 @@ class Place:
         self.partial: A = ops.buffer(max_tokens, hidden) if helper else None
         self._views: dict[int, Any] = {}
         self._costs, self._pinned, self.fixed = costs, pinned, fixed
-        self._stand_ins = stand_ins or {}
+        self.offers = offers or {}
 
     def x(self, tokens: int) -> Any:
         """Where the residual stream [tokens, hidden] is while this device computes: the same view
@@ -76,10 +77,6 @@ class Place:
         compute.wait(source.device.compute.record())
         nbytes = tokens * self._row_bytes
         compute.copy(self.device.address(target), source.device.address(array), nbytes)
-
-    def stand_ins(self, layer: int) -> Any:
-        """Cache-aware routing of the layer, for its router."""
-        return self._stand_ins[layer]
 
     def placement(self, layer: int, tokens: int) -> LayerPlacement:
         """Where the layer's experts are computed in a step of so many tokens."""

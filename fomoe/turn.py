@@ -50,7 +50,7 @@ class Turn:
         one, the mixer, the router, stand-ins; then, once the host can hear of those, the shared
         expert and the picks that the device holds."""
         place = self.place
-        stand_ins = place.stand_ins(self.index) if substitutes else None
+        stand_ins = place.offers[self.index].stand_ins if substitutes else None
 
         def launch() -> tuple[Routing, DeviceMoeCall]:
             if before is not None:

@@ -25,7 +25,7 @@ from fomoe.experts.device_layout import DeviceLayout
 from fomoe.experts.device_slots import DeviceSlots
 from fomoe.experts.device_table import DeviceTable
 from fomoe.experts.layer import Resident
-from fomoe.kernels.device import LIMIT_BYTES, Device, Event
+from fomoe.kernels.device import Device, Event
 from fomoe.kernels.ops import A
 from fomoe.trace import Tracer
 
@@ -48,7 +48,6 @@ class _Layer:
     cache: ExpertCache
     slots: DeviceSlots
     table: DeviceTable  # int64 [experts, 3]: what the kernels will find
-    offered: DeviceTable  # uint8 [LIMIT_BYTES + experts]: what stand-ins are chosen by
     arriving: dict[int, tuple[int, Event]] = field(default_factory=dict)  # to stay: slot, copied
     ahead: dict[int, tuple[int, Event]] = field(default_factory=dict)  # for the next step only
     seeds: dict[int, tuple[int, Event]] = field(default_factory=dict)  # enter at the next begin
@@ -81,7 +80,6 @@ class DeviceTier:
                 cache,
                 slots[i],
                 DeviceTable(device, (cache.num_experts, 3), np.int64),
-                DeviceTable(device, (LIMIT_BYTES + cache.num_experts,), np.uint8),
             )
             for i, cache in caches.items()
         }
@@ -95,20 +93,6 @@ class DeviceTier:
         """The layer's table of addresses, or None where it has no slots."""
         state = self._layers[layer]
         return state.table.array if state.cache.capacity else None
-
-    def offered(self, layer: int) -> A:
-        """As DeviceOps.stand_ins has it: what offer() was given last."""
-        return self._layers[layer].offered.array
-
-    def offer(self, layer: int, available: BoolArray, limit: float) -> None:
-        """Stand-ins of the step that is queued from here on may be these experts, bool [experts]:
-        no use of theirs would stall. `limit`: of the rule, as it is now."""
-        table, now = self._layers[layer].offered, np.array([limit, 0.0]).view(np.uint8)
-        if not np.array_equal(table.mirror[:LIMIT_BYTES], now):
-            table[:LIMIT_BYTES] = now
-        if not np.array_equal(table.mirror[LIMIT_BYTES:], available):
-            table[LIMIT_BYTES:] = available
-        table.publish()
 
     def resident(self, layer: int) -> BoolArray:
         """Experts that the device holds or will hold when the layer's turn comes, bool [experts].
