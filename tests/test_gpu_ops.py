@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from gpu_face import GpuFace
+from gpu_face import DEVICE, GpuFace
 from op_cases import (
     ALL,
     REFERENCE,
@@ -35,6 +35,9 @@ MAX_TOKENS = 160
 # Largest NMSE against float64. Sums and weights are float32; half precision rounds what is cached,
 # and queries and probabilities to it (measured: 1e-13, 2e-7).
 EXACT, HALF = 1e-11, 2e-6
+# On a GPU products of the delta rule's chunks take each factor as two bfloat16 (computed that way
+# by torch: 6e-11).
+CHUNKED = EXACT if DEVICE == "cpu" else 3e-10
 # Products of more than eight tokens round both operands to bfloat16 (but for F32 matrices).
 ROUNDED = 2e-5
 
@@ -188,10 +191,10 @@ FEW_HEADS: dict[str, Any] = dict(v_heads=4, k_heads=2)
 def test_delta_net(ops: GpuFace, tiled: bool, head_dim: int) -> None:
     layer = Recurrence(delta_spec(tiled=tiled, head_dim=head_dim, **FEW_HEADS))
     for length in (1, 2, 9, 70, 8):
-        assert layer.step(ops, [length]) < EXACT, length
+        assert layer.step(ops, [length]) < CHUNKED, length
 
 
 def test_delta_net_of_several_sequences(ops: GpuFace) -> None:
     layer = Recurrence(delta_spec(head_dim=40, **FEW_HEADS), num_sequences=3)
     for lengths in ([33, 1, 2], [1, 1, 12]):
-        assert layer.step(ops, lengths) < EXACT, lengths
+        assert layer.step(ops, lengths) < CHUNKED, lengths
