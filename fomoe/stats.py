@@ -73,6 +73,8 @@ class DeviceStats:
         )
         if t.copied_ahead:
             text += f" ({t.copied_ahead} of {t.copied} experts ahead, {t.staged_hits} of them used)"
+        if t.lowered:
+            text += f", {t.lowered} experts copied back to memory"
         return text + f", {100 * t.host_uses / t.uses:.1f} % of the uses left to the processor"
 
 

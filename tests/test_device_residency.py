@@ -136,6 +136,8 @@ def test_what_a_device_gives_up_stays_in_memory(model, devices):
             await text_of(engine, n=40)
             store, (tier,) = engine.loaded.store, tiers(engine)
             assert tier.stats.lowered
+            line = engine.stats().devices[0].line()
+            assert f"{tier.stats.lowered} experts copied back to memory" in line
             for layer, state in enumerate(store._layers):
                 above, here = tier.resident(layer), state.cache.resident
                 assert tier._layers[layer].cache.capacity
