@@ -7,4 +7,4 @@ from pathlib import Path
 
 # Triton reads this when it is imported: without a GPU its kernels run in its interpreter.
 if not any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/kfd")):
-    os.environ["TRITON_INTERPRET"] = "1"
+    os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -21,12 +21,14 @@ from typing import Any
 from fomoe.bench import BenchTest, Sample, TokenSource, decode_bytes, run_sample
 from fomoe.engine import Engine
 from fomoe.experts.car_options import CarOptions
+from fomoe.host import resident_bytes
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from gpu_launches import record
 
 PROMPT_SHARE = 0.6  # of the time, that a prompt may be expected to take
 MANY = 16  # tokens that kernels for many compute, as few as there are: each needs other experts
+READY_SECONDS, READY_BYTES = 0.3, 16 << 20  # memory that grows by less a time is ready
 PROFILED = 4  # tokens
 PROFILE_SECONDS = 10
 
@@ -71,9 +73,14 @@ class Run:
         tell({"stats": self.engine.stats().lines()})
 
     async def warm_up(self) -> None:
-        """Compile the kernels, of a few tokens and of many."""
+        """Compile the kernels, of a few tokens and of many, while the memory of the host is still
+        made ready; and wait until that is over, as far as its growth shows."""
         for test in (BenchTest(prompt=MANY), BenchTest(generated=2)):
             await run_sample(self.engine, test, self.source)
+        before = 0
+        while (now := resident_bytes()) > before + READY_BYTES:
+            before = now
+            await asyncio.sleep(READY_SECONDS)
 
     async def prompt(self) -> dict[str, Any]:
         """The first long prompt, when little is in memory: it also fills the caches."""
