@@ -58,6 +58,7 @@ class EngineOptions:
     context: tokens of KV cache, shared by all sequences that run at once.
     ubatch: tokens of one forward step at most.
     parallel: sequences that run at once; further ones wait for their turn.
+    logit_rows: rows of logits that the callers of logits() hold at a time, for the memory plan.
     threads: that compute, the caller's among them; None takes every processor.
     cache_type: element type of the KV cache, "f16" or "f32".
     io, direct: how files are read (see fomoe.io.open).
@@ -84,6 +85,7 @@ class EngineOptions:
     context: int = 4096
     ubatch: int = 512
     parallel: int = 4
+    logit_rows: int = 0
     threads: int | None = None
     cache_type: str = "f16"
     io: Io = "auto"

@@ -355,9 +355,9 @@ class Forward:
         if len(rows) <= HEAD_ROWS:
             logits = await self._logits(x, rows)
         else:
-            starts = range(0, len(rows), HEAD_ROWS)
-            parts = [np.array(await self._logits(x, rows[i : i + HEAD_ROWS])) for i in starts]
-            logits = np.concatenate(parts)
+            logits = np.empty((len(rows), self._model.parameters.vocab_size), np.float32)
+            for i in range(0, len(rows), HEAD_ROWS):
+                logits[i : i + HEAD_ROWS] = await self._logits(x, rows[i : i + HEAD_ROWS])
         result: list[Logits] = []
         start = 0
         for chunk, some in zip(chunks, wanted, strict=True):

@@ -64,7 +64,9 @@ def plan_memory(
         # What is resident must not depend on a megabyte that the process happens to take.
         process = -(-process // _PROCESS_GRAIN) * _PROCESS_GRAIN
     rows = embedding_row_room(gguf.tensors[hp.embedding]) * options.ubatch
+    logits = options.logit_rows * hp.vocab_size * 4
     fixed = [("process", process), *held[:-1], (held[-1][0], held[-1][1] + rows)]
+    fixed.append(("logits", logits))
     needs = [
         LayerNeed(
             slot_bytes=layout.slot_bytes,

@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> Coroutine[Any, Any, int]:
 
 
 async def _run(args: argparse.Namespace, text: str) -> int:
-    async with open_engine(args) as engine:
+    async with open_engine(args, logit_rows=_logit_rows(args)) as engine:
         tokenizer = engine.tokenizer
         ids = tokenizer.encode(text)
         bos = tokenizer.bos_id if tokenizer.adds_bos else None
@@ -71,6 +71,19 @@ async def _run(args: argparse.Namespace, text: str) -> int:
     return 0
 
 
+def _logit_rows(args: argparse.Namespace) -> int:
+    """Rows of logits in memory at a time: what a step computes, while those of the one before are
+    scored, which takes four times as many as are scored at once."""
+    step = 1 if _is_stepwise(args) else min(args.ubatch_size, args.ctx_size)
+    scored = args.stride or -(-args.ctx_size // 2)
+    steps = 1 if step >= args.ctx_size else 2
+    return steps * min(step, scored) + 4 * _ROWS
+
+
+def _is_stepwise(args: argparse.Namespace) -> bool:
+    return bool(args.stepwise or args.car != "off")
+
+
 def _check_files(args: argparse.Namespace, engine: Engine) -> None:
     inputs = dict.fromkeys(engine.loaded.gguf.paths, "the model")
     inputs |= {path: "what is read" for path in (args.file, args.kl) if path}
@@ -81,7 +94,7 @@ def _check_files(args: argparse.Namespace, engine: Engine) -> None:
 async def _score(
     args: argparse.Namespace, engine: Engine, todo: list[Window], base: _Base, journal: _Journal
 ) -> Score:
-    stepwise = args.stepwise or args.car != "off"
+    stepwise = _is_stepwise(args)
     total = Score()
     for done in journal.done[: len(todo)]:
         total.merge(done)
