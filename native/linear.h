@@ -42,7 +42,7 @@ int fomoe_rows_per_task(int64_t row_bytes, int tokens, int64_t total_bytes, int 
 
 /* Tokens that one task multiplies at a time where it needs room for the results. */
 #define FOMOE_TOKEN_BLOCK 256
-#define FOMOE_MAX_ROWS_PER_TASK 256
+#define FOMOE_MAX_ROWS_PER_TASK 1024
 #define FOMOE_TILE_FLOATS (FOMOE_TOKEN_BLOCK * 64) /* results of one task, where it needs room for them */
 
 #endif
