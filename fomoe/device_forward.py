@@ -25,11 +25,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fomoe.chunks import distinct, lost_expert
 from fomoe.errors import ReadError
 from fomoe.experts.layer import Resident
 from fomoe.experts.placement import LayerPlacement
 from fomoe.experts.tiered import TieredStore
-from fomoe.forward import Forward, Logits, distinct, lost_expert
+from fomoe.forward import Forward, Logits
 from fomoe.kernels.ops import KvCache, Routing, Segment
 from fomoe.lookahead import Lookahead
 from fomoe.memory import finish
@@ -133,7 +134,7 @@ class DeviceForward(Forward):
         device.compute.call(work)
         begin = time.perf_counter_ns()
         await Signal(device, device.compute.record()).reached()
-        self._note(Part.HEAD, -1, begin)
+        self._trace.computed(Part.HEAD, -1, begin)
         return host
 
     def _finish_before(self) -> None:
@@ -177,7 +178,7 @@ class DeviceForward(Forward):
         await heard.reached()
         self._tiered.note_heard(index, time.perf_counter_ns() - begin)
         self._lookahead.forget(index)
-        self._note(Part.ROUTE, index, begin)
+        self._trace.computed(Part.ROUTE, index, begin)
         routing = turn.routing
         assert routing is not None
         assert routing.ids[0, 0] >= 0, "the device told of a routing before it sent it"
@@ -188,10 +189,7 @@ class DeviceForward(Forward):
         except ReadError as error:
             assert turn.step is not None
             raise lost_expert(error, turn.step.lost, routing, chunks, segments) from error
-        if self._tracer:
-            end = time.perf_counter_ns()
-            self._tracer.layer(begin, end, index, self._store.clock, self._stretches)
-            self._stretches = []
+        self._trace.layer(index, begin, time.perf_counter_ns())
 
     async def _experts(self, turn: Turn, layer: Layer, routing: Routing, passing: bool) -> None:
         """Everything that the layer's picks need is computed, or queued."""

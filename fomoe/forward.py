@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from fomoe.chunks import distinct, lost_expert, segments_of, wanted_rows
 from fomoe.errors import ReadError
 from fomoe.experts.step import ExpertStep
 from fomoe.experts.store import ExpertStore
@@ -28,8 +29,9 @@ from fomoe.memory import finish
 from fomoe.models import HEAD_ROWS, Layer, Model
 from fomoe.residency import Residency
 from fomoe.scheduler import Chunk
-from fomoe.trace import Stretch, Tracer
-from fomoe.trace_format import Kind, Part, Reason
+from fomoe.step_trace import StepTrace
+from fomoe.trace import Tracer
+from fomoe.trace_format import Part
 from fomoe.weights import EmbeddingRows
 
 R = TypeVar("R")
@@ -42,21 +44,10 @@ INLINE_TOKENS = SHORT_STEP
 _YIELD_NS = 20_000_000
 # Where reads may land. A turn of the loop costs 60 us in the midst of a token.
 _BUSY_YIELD_NS = 2_000_000
-# (layer, when, experts) that were predicted last
-_NOTHING_PREDICTED: tuple[int, int, list[int]] = (-1, 0, [])
 
 
 class StepCancelledError(Exception):
     """Nobody waits for the step any more; it was left between two layers."""
-
-
-class ExpertLostError(Exception):
-    """An expert could not be read: `error` says which. Only `chunks` had picked it."""
-
-    def __init__(self, error: ReadError, chunks: Sequence[Chunk]) -> None:
-        super().__init__(str(error))
-        self.error = error
-        self.chunks = chunks
 
 
 @dataclass(slots=True)
@@ -93,13 +84,11 @@ class Forward:
         self._embedding = embedding
         self._caches = caches
         self._read_ahead = read_ahead
-        self._tracer = tracer
+        self._trace = StepTrace(tracer, lambda: store.clock)
         self._thread = ThreadPoolExecutor(1, "fomoe-compute")
         self._inline = True
         self._yielded_ns = 0
-        self._predicted = _NOTHING_PREDICTED
         self._open: _Open | None = None
-        self._stretches: list[Stretch] = []  # of the layer that is being computed, for the tracer
 
     def close(self) -> None:
         self._thread.shutdown()
@@ -115,13 +104,12 @@ class Forward:
         num_tokens = sum(c.length for c in chunks)
         self._inline = num_tokens <= INLINE_TOKENS
         ids = [t for c in chunks for t in c.sequence.tokens[c.start : c.start + c.length]]
-        self._stretches.clear()
+        self._trace.begin()
         reads_rows = self._embedding.must_read(ids)
         rows = await self._embedding.rows(ids)
-        if self._tracer and reads_rows:
-            now = time.perf_counter_ns()
-            self._tracer.event(Kind.STALL, begin, now, token=self._store.clock, a=Reason.FILE)
-        segments = _segments(chunks)
+        if reads_rows:
+            self._trace.read(begin)
+        segments = segments_of(chunks)
         self._residency.begin_step(chunks)
         exact = None
         if self._residency.audit_due():
@@ -131,12 +119,7 @@ class Forward:
         await self._residency.end_step()
         if exact is not None:
             self._residency.note_audit(exact[0], logits[0])
-        if self._tracer:
-            is_prompt = any(c.is_prompt for c in chunks)
-            end = time.perf_counter_ns()
-            clock = self._store.clock - num_tokens
-            self._tracer.flush()
-            self._tracer.event(Kind.STEP, begin, end, token=clock, a=num_tokens, b=is_prompt)
+        self._trace.end(begin, num_tokens, is_prompt=any(c.is_prompt for c in chunks))
         return logits
 
     async def _layers(
@@ -181,7 +164,7 @@ class Forward:
         most_ns = _YIELD_NS if self._store.drive_idle else _BUSY_YIELD_NS
         end, begun = trunk.walk(x, segments, caches, tables, first, last, most_ns)
         layers, marks = self._model.layers, []
-        if self._tracer:
+        if self._trace.on:
             marks = [layer.ops.marks for layer in layers[first : end + (begun is not None)]]
             marks.append(trunk.marks)
         self._ended(marks[0] if marks else ())
@@ -192,8 +175,8 @@ class Forward:
             self._store.passed(index, experts, counts)
             if marks:
                 own, after = marks[index - first : index - first + 2]
-                self._note_begun(index, own, after[0])
-                self._note_ended(index, after, Part.RESIDENT, len(experts), own[2])
+                self._trace.layer_begun(index, own, after[0])
+                self._trace.layer_ended(index, after, Part.RESIDENT, len(experts), own[2])
         return end, begun
 
     async def _audit(
@@ -227,14 +210,14 @@ class Forward:
         # Other threads compute the shared expert from now on, and one token's that are in slots.
         if self._inline:
             self._store.hold(index, routing.ids)
-        if self._tracer:
-            self._note_begun(index, layer.ops.marks, time.perf_counter_ns())
+        if self._trace.on:
+            self._trace.layer_begun(index, layer.ops.marks, time.perf_counter_ns())
         if not audit:
             self._residency.routed(index, routing)
         experts, counts = distinct(routing)
-        self._note_prediction(index, experts)
+        self._trace.picked(index, experts)
         step = self._store.begin(index, experts, counts, passing=audit)
-        begin_ns = layer.ops.marks[2] if self._tracer else 0
+        begin_ns = layer.ops.marks[2] if self._trace.on else 0
         own = self._open = _Open(index, call, begin_ns, step)
         guesses = self._read_ahead and index + 1 < len(self._model.layers)
         below = self._model.layers[index + 1] if guesses else None
@@ -259,7 +242,7 @@ class Forward:
         last = None if before is None else (before.call, before.last)
         cache, table = self._caches[index], self._store.tables[index]
         result = await self._run(ops.begin, x, segments, cache, last, table)
-        self._ended(ops.marks if self._tracer else ())
+        self._ended(ops.marks if self._trace.on else ())
         return result
 
     async def _compute_experts(self, begun: _Open, ahead: list[int]) -> None:
@@ -298,26 +281,9 @@ class Forward:
             begun.step.computed(begun.last)
         begun.step.close()
         self._open = None
-        if self._tracer:
-            self._note_ended(begun.index, marks, begun.part, len(begun.last), begun.begin_ns)
-
-    def _note_begun(self, index: int, marks: Sequence[int], begun_ns: int) -> None:
-        """Record how a layer began."""
-        _, _, summed, mixed, routed = marks
-        self._stretches.append((Part.MIX, index, summed, mixed, 0))
-        self._stretches.append((Part.ROUTE, index, mixed, routed, 0))
-        self._stretches.append((Part.SHARED, index, routed, begun_ns, 0))
-
-    def _note_ended(
-        self, index: int, marks: Sequence[int], part: Part, experts: int, begin_ns: int
-    ) -> None:
-        """Record how a layer ended, and the layer."""
-        assert self._tracer
-        begun, ran, summed = marks[:3]
-        self._stretches.append((part, index, begun, ran, experts))
-        self._stretches.append((Part.FINISH, index, ran, summed, 0))
-        self._tracer.layer(begin_ns, summed, index, self._store.clock, self._stretches)
-        self._stretches = []
+        if self._trace.on:
+            experts = len(begun.last)
+            self._trace.layer_ended(begun.index, marks, begun.part, experts, begun.begin_ns)
 
     async def _predict(self, layer: Layer, x: Any) -> list[int]:
         """Experts that a layer will probably need, the most wanted first: what its own router says
@@ -325,18 +291,8 @@ class Forward:
         routing = await self._compute(Part.ROUTE, layer.parameters.index, layer.ops.guess, x)
         experts, counts = distinct(routing)
         order = np.argsort(-np.asarray(counts), kind="stable")
-        self._predicted = (layer.parameters.index, time.perf_counter_ns(), experts)
+        self._trace.predicted(layer.parameters.index, experts)
         return [experts[i] for i in order]
-
-    def _note_prediction(self, index: int, experts: Sequence[int]) -> None:
-        layer, begin, predicted = self._predicted
-        if self._tracer and layer == index:
-            now, right = time.perf_counter_ns(), len(set(predicted).intersection(experts))
-            clock = self._store.clock
-            self._tracer.event(
-                Kind.PREDICT, begin, now, index, -1, clock, a=len(predicted), b=right
-            )
-            self._predicted = _NOTHING_PREDICTED
 
     def _fetch_ahead(self, step: ExpertStep, index: int, ahead: list[int]) -> None:
         """When a layer has nothing left to submit, the next one's experts may come."""
@@ -348,7 +304,7 @@ class Forward:
         self, chunks: Sequence[Chunk], segments: Sequence[Segment], x: Any
     ) -> list[Logits]:
         """The head reads its weights once for the rows of all chunks together."""
-        wanted = [_wanted_rows(c, s.start) for c, s in zip(chunks, segments, strict=True)]
+        wanted = [wanted_rows(c, s.start) for c, s in zip(chunks, segments, strict=True)]
         rows = [i for some in wanted for i in some]
         if not rows:
             return [None] * len(chunks)
@@ -382,8 +338,7 @@ class Forward:
         """As _run, and recorded."""
         begin = time.perf_counter_ns()
         result = await self._run(call, *args)
-        if self._tracer:
-            self._note(part, layer, begin, experts)
+        self._trace.computed(part, layer, begin, experts)
         return result
 
     async def _run(self, call: Callable[..., R], *args: Any) -> R:
@@ -395,16 +350,6 @@ class Forward:
         future = asyncio.get_running_loop().run_in_executor(self._thread, call, *args)
         return await finish(future)
 
-    def _note(self, part: Part, layer: int, begin: int, experts: int = 0) -> None:
-        """A stretch of computing (or of waiting for a device that computes) ends now."""
-        if self._tracer is None:
-            return
-        end = time.perf_counter_ns()
-        if layer < 0:
-            self._tracer.event(Kind.COMPUTE, begin, end, -1, -1, self._store.clock, part)
-        else:
-            self._stretches.append((part, layer, begin, end, experts))
-
     async def _yield(self, chunks: Sequence[Chunk]) -> None:
         now = time.perf_counter_ns()
         since = now - self._yielded_ns
@@ -415,51 +360,3 @@ class Forward:
             if not chunk.sequence.cancelled:
                 return
         raise StepCancelledError
-
-
-def _segments(chunks: Sequence[Chunk]) -> list[Segment]:
-    segments, start = [], 0
-    for chunk in chunks:
-        state = chunk.sequence.state
-        assert state is not None
-        segments.append(
-            Segment(
-                start=start,
-                length=chunk.length,
-                position=chunk.start,
-                pages=state.pages,
-                delta=state.delta,
-            )
-        )
-        start += chunk.length
-    return segments
-
-
-def lost_expert(
-    error: ReadError,
-    expert: int,
-    routing: Routing,
-    chunks: Sequence[Chunk],
-    segments: Sequence[Segment],
-) -> ExpertLostError:
-    """The error of a step that an expert is missing from, with the chunks that picked it."""
-    lost = (routing.ids == expert).any(axis=1)  # [tokens]
-    needed = [lost[s.start : s.start + s.length].any() for s in segments]
-    return ExpertLostError(error, [c for c, need in zip(chunks, needed, strict=True) if need])
-
-
-def distinct(routing: Routing) -> tuple[list[int], list[int]]:
-    """The experts that a step needs, ascending when there are several tokens, and their tokens."""
-    if len(routing.ids) == 1:
-        experts: list[int] = routing.ids[0].tolist()
-        return experts, [1] * len(experts)
-    unique, counts = np.unique(routing.ids, return_counts=True)
-    return unique.tolist(), counts.tolist()
-
-
-def _wanted_rows(chunk: Chunk, start: int) -> range:
-    """The rows of a step, which the chunk begins at `start`, whose logits its sequence wants."""
-    end = start + chunk.length
-    if chunk.sequence.wants_all_logits:
-        return range(min(start + max(chunk.sequence.logits_from - chunk.start, 0), end), end)
-    return range(end - 1, end) if chunk.completes else range(0)

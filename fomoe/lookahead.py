@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from fomoe.chunks import distinct
 from fomoe.experts.step import ExpertStep
 from fomoe.experts.tiered import TieredStore
-from fomoe.forward import distinct
 from fomoe.kernels.ops import Routing, Segment
 from fomoe.models import Layer
 from fomoe.places import Place

@@ -10,10 +10,11 @@ import asyncio
 import time
 from collections.abc import Sequence as AnySequence
 
+from fomoe.chunks import ExpertLostError
 from fomoe.config import EngineOptions
 from fomoe.device_forward import DeviceForward
 from fomoe.errors import ClosedError, FomoeError
-from fomoe.forward import ExpertLostError, Forward, StepCancelledError
+from fomoe.forward import Forward, StepCancelledError
 from fomoe.loading import Loaded
 from fomoe.scheduler import Chunk, Scheduler
 from fomoe.sequence import Output, Sequence

@@ -74,8 +74,8 @@ async def _run(args: argparse.Namespace, text: str) -> int:
 def _logit_rows(args: argparse.Namespace) -> int:
     """Rows of logits in memory at a time: what a step computes, while those of the one before are
     scored, which takes four times as many as are scored at once."""
-    step = 1 if _is_stepwise(args) else min(args.ubatch_size, args.ctx_size)
-    scored = args.stride or -(-args.ctx_size // 2)
+    step: int = 1 if _is_stepwise(args) else min(args.ubatch_size, args.ctx_size)
+    scored: int = args.stride or -(-args.ctx_size // 2)
     steps = 1 if step >= args.ctx_size else 2
     return steps * min(step, scored) + 4 * _ROWS
 
