@@ -171,8 +171,11 @@ def test_ctrl_c_is_told_in_one_line(model):
         process.stdin.write(TEXT.encode() * 1000)
         process.stdin.close()
         process.stdin = None
-        while b"[2/" not in process.stderr.read(8):
-            pass
+        seen = b""
+        while b"[2/" not in seen:
+            piece = process.stderr.read(8)
+            assert piece, "it ended before it was interrupted"
+            seen = seen[-8:] + piece
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=60)
     assert process.returncode == 130
