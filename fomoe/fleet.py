@@ -168,13 +168,6 @@ class Fleet:
             ("workspace", workspace),
         ]
 
-    def embedding_bytes(self, alignment: int) -> int:
-        """As Processor.embedding_bytes: it stays in host memory, from where a step's rows go to the
-        first device. Of a head that is tied to it the devices have a copy, which serves them alone.
-        """
-        hp = self._hp
-        return 0 if hp.tied_head else region_bytes(self._gguf.tensors[hp.embedding], alignment)
-
     # ---- making ----
 
     async def load(

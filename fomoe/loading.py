@@ -35,7 +35,7 @@ from fomoe.io.queued import ReadOptions
 from fomoe.io.reader import Reader
 from fomoe.memory import Background
 from fomoe.models import HyperParameters, Model
-from fomoe.needs import expert_layouts, plan_memory, scratch_shapes
+from fomoe.needs import embedding_table_bytes, expert_layouts, plan_memory, scratch_shapes
 from fomoe.outputs import Outputs, check_outputs, output_flags
 from fomoe.places import Place
 from fomoe.plan import MemoryPlan
@@ -103,7 +103,7 @@ async def load(
         if backend is None:
             backend = Processor(gguf, hp, options, shapes)
         held = backend.host_bytes(reader.alignment)
-        table_bytes = backend.embedding_bytes(reader.alignment)
+        table_bytes = embedding_table_bytes(gguf, hp, reader.alignment)
         plan = plan_memory(gguf, hp, options, layouts, held, table_bytes, backend.plans)
         if on_plan:
             on_plan(plan)

@@ -18,7 +18,7 @@ from fomoe.experts.layout import ExpertLayout
 from fomoe.gguf import GgufFile
 from fomoe.models import HyperParameters
 from fomoe.plan import LayerNeed, MemoryPlan, make_plan
-from fomoe.weights import embedding_row_room
+from fomoe.weights import embedding_row_room, region_bytes
 
 # What the interpreter, the allocator and the thread stacks take beyond what is counted below.
 _ALLOWANCE = 48 << 20
@@ -46,6 +46,12 @@ def scratch_shapes(gguf: GgufFile, hp: HyperParameters) -> dict[str, Any]:
         "moe": list(dict.fromkeys(p.moe for p in hp.layers)),
         "shared_ff": max(p.shared_ff for p in hp.layers),
     }
+
+
+def embedding_table_bytes(gguf: GgufFile, hp: HyperParameters, alignment: int) -> int:
+    """What the embedding would take in host memory beside the dense weights. 0 where it is one of
+    them: a head that is tied to it."""
+    return 0 if hp.tied_head else region_bytes(gguf.tensors[hp.embedding], alignment)
 
 
 def plan_memory(

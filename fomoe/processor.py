@@ -60,11 +60,6 @@ class Processor:
             ("workspace", workspace),
         ]
 
-    def embedding_bytes(self, alignment: int) -> int:
-        """What the embedding would take beside the dense weights; 0 where it is one of them."""
-        hp = self._hp
-        return 0 if hp.tied_head else region_bytes(self._gguf.tensors[hp.embedding], alignment)
-
     async def load(
         self,
         names: Collection[str],
