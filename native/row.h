@@ -2,7 +2,7 @@
  *
  * Owns: how memory is walked. Does not know: the ISA, types.
  */
-enum { FETCH_NEAR = 1024, FETCH_FAR = 4096 };
+enum { FETCH_NEAR = 1024, FETCH_FAR = 12288 };
 
 /* Results of a tile's blocks, row by row. */
 typedef struct {
