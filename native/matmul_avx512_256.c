@@ -14,11 +14,13 @@ TILE_INLINE void multiply_tile(const tile_block *w, tile_kind kind, const block_
     for (int t = 0; t < tokens; t++)
         total[t] = _mm512_setzero_si512();
     for (int j = 0; j < 256 / kind.sub; j++) {
+        const __m512i *codes = w->code + (kind.nibbles ? j / 2 : j) * (kind.sub / 4);
+        __m512i mask = _mm512_set1_epi8(j % 2 ? (char)0xf0 : 0x0f);
         for (int t = 0; t < tokens; t++)
             dot[t] = _mm512_setzero_si512();
 #pragma GCC unroll 8
         for (int i = 0; i < kind.sub / 4; i++) {
-            __m512i code = w->code[j * (kind.sub / 4) + i];
+            __m512i code = kind.nibbles ? _mm512_and_si512(codes[i], mask) : codes[i];
             for (int t = 0; t < tokens; t++)
                 dot[t] = _mm512_dpbusd_epi32(dot[t], code, broadcast4(a[t].q + 256 * b + kind.sub * j + 4 * i));
         }

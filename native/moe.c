@@ -10,6 +10,7 @@
 #define MAX_TOP_K 64
 #define LEAST_WAVE 64 /* pairs */
 #define SUM_TOKENS_PER_TASK 8
+#define ROW_GAP 16 /* floats between outputs: rows a power of two apart share few sets of a cache */
 #define ALIGN64(n) (((size_t)(n) + 63) & ~(size_t)63)
 
 /* One expert of a wave. `ready` tells its down tasks that the last gate-up task has quantised mid. */
@@ -20,7 +21,7 @@ typedef struct {
     int num;
     int ff, hidden;
     float *mid; /* [num][ff] */
-    float *out; /* [num][hidden] */
+    float *out; /* [num][hidden + ROW_GAP] */
     void *mid_scratch;
     fomoe_act mid_act;
     int up_rows_per_task, up_tasks, down_rows_per_task, down_tasks;
@@ -56,8 +57,8 @@ struct fomoe_moe {
     size_t mid_scratch_bytes;
     float *tiles;        /* per thread: gate and up rows of one task */
     char *act_scratch;
-    float *out;          /* [pairs][hidden] */
-    float *shared_out;   /* [tokens][hidden] */
+    float *out;          /* [pairs][hidden + ROW_GAP] */
+    float *shared_out;   /* [tokens][hidden + ROW_GAP] */
     float *shared_scale; /* [tokens] */
     fomoe_act act;
     int tokens, pairs_left;
@@ -103,8 +104,9 @@ static void lay_out(fomoe_moe *moe, layout *l, int num_threads, int tokens, cons
     moe->mid_scratch = take(l, moe->mid_scratch_bytes);
     moe->tiles = take(l, num_threads * 2 * FOMOE_TILE_FLOATS * sizeof(float));
     moe->act_scratch = take(l, fomoe_act_bytes(tokens, shape->hidden));
-    moe->out = take(l, pairs * shape->hidden * sizeof(float));
-    moe->shared_out = take(l, shared_ff ? (size_t)tokens * shape->hidden * sizeof(float) : 0);
+    size_t out_bytes = (shape->hidden + ROW_GAP) * sizeof(float);
+    moe->out = take(l, pairs * out_bytes);
+    moe->shared_out = take(l, shared_ff ? tokens * out_bytes : 0);
     moe->shared_scale = take(l, tokens * sizeof(float));
 }
 
@@ -180,7 +182,7 @@ static void down_task(expert_job *job, int chunk)
     for (int i = 1; !atomic_load_explicit(&job->ready, memory_order_acquire); i++)
         fomoe_pool_relax(i);
     fomoe_matmul_rows(&job->down, &job->mid_act, NULL, job->num, begin, end < job->hidden ? end : job->hidden, job->out,
-                      job->hidden);
+                      job->hidden + ROW_GAP);
 }
 
 static void wave_task(void *arg, int task, int thread)
@@ -245,7 +247,7 @@ static size_t set_job(fomoe_moe *moe, expert_job *job, int expert, const int64_t
         .up = matrix(addresses[1], s->up_row_bytes, s->up_type, s->ff, s->hidden),
         .down = matrix(addresses[2], s->down_row_bytes, s->down_type, s->hidden, s->ff),
         .x = &moe->act, .tokens = moe->pair_token + first, .num = num, .ff = s->ff, .hidden = s->hidden,
-        .mid = mid, .out = moe->out + (int64_t)first * s->hidden, .mid_scratch = scratch,
+        .mid = mid, .out = moe->out + (int64_t)first * (s->hidden + ROW_GAP), .mid_scratch = scratch,
     };
     moe->pairs_left -= num;
     return ALIGN64(fomoe_act_bytes(num, s->ff));
@@ -377,9 +379,9 @@ static void sum_task(void *arg, int task, int thread)
         for (int r = 0; r < k; r++)
             if (moe->done[moe->ids[t * k + r]] != TODO) {
                 some[n] = weights[r];
-                outs[n++] = moe->out + (int64_t)moe->pair_of[t * k + r] * hidden;
+                outs[n++] = moe->out + (int64_t)moe->pair_of[t * k + r] * (hidden + ROW_GAP);
             }
-        const float *shared = moe->layer->shared_ff ? moe->shared_out + (int64_t)t * hidden : NULL;
+        const float *shared = moe->layer->shared_ff ? moe->shared_out + (int64_t)t * (hidden + ROW_GAP) : NULL;
         float shared_weight = moe->layer->shared_scale.data ? job->sigmoid(moe->shared_scale[t]) : 1.0f;
         job->weighted_sum(outs, some, n, shared, shared_weight, hidden, job->x + t * job->ldx);
     }

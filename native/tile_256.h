@@ -12,7 +12,8 @@ typedef fomoe_act256 block_act;
  *   M = sum of pair * (sums of q);
  * types with minima add -dmin * M in float instead of the correction. */
 typedef struct {
-    vec code[64];           /* vector i: columns 4i .. 4i + 3; unsigned but for signed_codes */
+    vec code[64];           /* vector i: columns 4i .. 4i + 3; unsigned but for signed_codes; with nibbles, 8 vectors
+                             * for sub-blocks 2k (low nibbles) and 2k + 1 */
     vec scale[16];
     vec pair[8];        /* minima, or scales: words of sub-blocks 2i, 2i + 1 */
     vecf d, dmin;
@@ -24,6 +25,7 @@ typedef struct {
     int shift;              /* codes or scales are that many bits up */
     int chain;              /* vectors of codes whose products a 16-bit sum holds */
     int signed_codes;
+    int nibbles;            /* two codes to a byte, the high ones 16 times too large */
     int pairs;              /* 0, 4 (sums over 32) or 8 (over 16) */
     int correction_bits;    /* I -= M << that; 0: M is a minimum */
 } tile_kind;
@@ -113,15 +115,19 @@ enum { NIBBLES_IN_PLACE = WIDE_SUMS && !SCALE_TWICE };
 
 TILE_INLINE void unpack_q4_k(const tile_rows *t, size_t offset, tile_block *out)
 {
-    vec low = v_set8(0x0f), high = v_set8((char)0xf0);
+    vec low = v_set8(0x0f);
     unpack_q4k_header(t, offset, out, NIBBLES_IN_PLACE ? 4 : 0);
 #pragma GCC unroll 8
     for (int c = 0; c < 8; c++) {
         vec q[4];
         load_lanes(t, offset + 16 + 16 * c, q);
         for (int j = 0; j < 4; j++) {
+            if (NIBBLES_IN_PLACE) {
+                out->code[4 * c + j] = q[j];
+                continue;
+            }
             out->code[c / 2 * 16 + c % 2 * 4 + j] = v_and(q[j], low);
-            out->code[c / 2 * 16 + 8 + c % 2 * 4 + j] = NIBBLES_IN_PLACE ? v_and(q[j], high) : v_and(v_srli(q[j], 4), low);
+            out->code[c / 2 * 16 + 8 + c % 2 * 4 + j] = v_and(v_srli(q[j], 4), low);
         }
     }
 }
@@ -270,7 +276,7 @@ TILE_INLINE void unpack_iq4_xs(const tile_rows *t, size_t offset, tile_block *ou
 
 static const tile_kind kind_q2_k = { .sub = 16, .chain = 4, .pairs = 8 };
 static const tile_kind kind_q3_k = { .sub = 16, .chain = 4, .pairs = 8, .correction_bits = 2 };
-static const tile_kind kind_q4_k = { .sub = 32, .chain = 8, .shift = NIBBLES_IN_PLACE ? 4 : 0, .pairs = 4 };
+static const tile_kind kind_q4_k = { .sub = 32, .chain = 8, .shift = NIBBLES_IN_PLACE ? 4 : 0, .pairs = 4, .nibbles = NIBBLES_IN_PLACE };
 static const tile_kind kind_q5_k = { .sub = 32, .chain = 4, .pairs = 4 };
 static const tile_kind kind_q6_k = { .sub = 16, .chain = 2, .pairs = 8, .correction_bits = 5 };
 static const tile_kind kind_iq4_xs = {

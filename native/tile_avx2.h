@@ -21,8 +21,7 @@ enum {
     TILE_ROWS = 8,
     TILE_TOKENS = 32,       /* tokens that a walk over the weights serves */
     TILE_GATHERS = 0,
-    TILE_MOST = 4,          /* of which so many, or so few, are in registers at once */
-    TILE_FEW = 2,
+    TILE_MOST = 4,          /* of which so many are in registers at once */
     WIDE_SUMS = 0,          /* products of bytes are summed in 16 bits */
     SCALE_TWICE = 1,        /* a scale is two equal words */
 };

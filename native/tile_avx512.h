@@ -25,12 +25,11 @@ enum {
     TILE_GATHERS = 1,
     SCALE_TWICE = 1,
 #else
-    TILE_TOKENS = 32,       /* tokens that a walk over the weights serves */
+    TILE_TOKENS = 64,       /* tokens that a walk over the weights serves */
     TILE_GATHERS = 0,       /* whether it copies their codes to rows of equal distance */
     SCALE_TWICE = 0,        /* a scale is a dword, not two equal words */
 #endif
-    TILE_MOST = 8,          /* of which so many, or so few, are in registers at once */
-    TILE_FEW = 4,
+    TILE_MOST = 8,          /* of which so many are in registers at once */
     WIDE_SUMS = 1,          /* products of bytes are summed in 32 bits: any unsigned code will do */
 };
 
