@@ -31,11 +31,13 @@ TILE_INLINE float reduce(__m256 low, __m256 high)
 TILE_INLINE void multiply_columns(int type, const uint8_t *const *row, int n, size_t offset, const float *x,
                                   __m256 (*acc)[2])
 {
-    int bytes = type == FOMOE_F32 ? 4 : 2;
+    size_t bytes = type == FOMOE_F32 ? 4 : 2, ahead = next_rows(row, n);
     __m256 low = _mm256_loadu_ps(x), high = _mm256_loadu_ps(x + 8);
     for (int i = 0; i < n; i++) {
         acc[i][0] = _mm256_fmadd_ps(load_weights(type, row[i] + offset), low, acc[i][0]);
         acc[i][1] = _mm256_fmadd_ps(load_weights(type, row[i] + offset + 8 * bytes), high, acc[i][1]);
+        if (n > 1)
+            _mm_prefetch((const char *)row[i] + ahead + offset, _MM_HINT_T1);
     }
 }
 

@@ -31,6 +31,7 @@ TILE_INLINE void multiply(int type, const uint8_t *const *row, int n, const floa
                             int cols, float *const *y, int r)
 {
     __m512 acc[FLOAT_ROWS][FLOAT_TOKENS];
+    size_t bytes = type == FOMOE_F32 ? 4 : 2, ahead = next_rows(row, n);
     for (int i = 0; i < n; i++)
         for (int t = 0; t < tokens; t++)
             acc[i][t] = _mm512_setzero_ps();
@@ -41,6 +42,8 @@ TILE_INLINE void multiply(int type, const uint8_t *const *row, int n, const floa
             xs[t] = _mm512_maskz_loadu_ps(mask, x[t] + c);
         for (int i = 0; i < n; i++) {
             __m512 w = load_weights(type, row[i], c, mask);
+            if (tokens == 1 && n > 1)
+                _mm_prefetch((const char *)row[i] + ahead + bytes * c, _MM_HINT_T1);
             for (int t = 0; t < tokens; t++)
                 acc[i][t] = _mm512_fmadd_ps(w, xs[t], acc[i][t]);
         }

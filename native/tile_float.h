@@ -8,6 +8,13 @@ enum { FLOAT_ROWS = 4 };
 TILE_INLINE void multiply(int type, const uint8_t *const *row, int n, const float *const *x, int tokens,
                           int cols, float *const *y, int r);
 
+/* Bytes from rows to those after them, `n` rows being computed together: what is fetched ahead for one token, where
+ * four rows read at once end before a prefetcher has followed them (20 to 24 GB/s of 32 on Zen 4). */
+TILE_INLINE size_t next_rows(const uint8_t *const *row, int n)
+{
+    return n > 1 ? n * (size_t)(row[1] - row[0]) : 0;
+}
+
 TILE_INLINE void rows_of_type(int type, const fomoe_matrix *w, const fomoe_act *act, const int32_t *rows,
                                 int num_rows, int row_begin, int row_end, float *y, int64_t ldy)
 {
