@@ -217,6 +217,8 @@ class Forward:
         experts, counts = distinct(routing)
         self._trace.picked(index, experts)
         step = self._store.begin(index, experts, counts, passing=audit)
+        if self._inline:
+            step.start = call.start
         begin_ns = layer.ops.marks[2] if self._trace.on else 0
         own = self._open = _Open(index, call, begin_ns, step)
         guesses = self._read_ahead and index + 1 < len(self._model.layers)

@@ -220,7 +220,8 @@ class QueuedReader:
         return self._event_fd
 
     def land(self) -> None:
-        """Reap until nothing has landed that was not handed out."""
+        """Reap until nothing has landed that was not handed out, then send what fits: who has
+        waited comes first."""
         while self._reader is not None:
             count = check(
                 lib.fomoe_reader_reap(self._reader, self._landings, _LANDINGS_A_CALL),
@@ -232,6 +233,8 @@ class QueuedReader:
                 self._call_done(request)
             if count < _LANDINGS_A_CALL:
                 break
+        if self._reader is not None:
+            check(lib.fomoe_reader_issue(self._reader), f"{self.name}: sending reads")
         if self._idle is not None and not self._requests and not self._idle.done():
             self._idle.set_result(None)
 

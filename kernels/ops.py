@@ -169,6 +169,10 @@ class MoeCall(Protocol):
     """The experts of one layer for the tokens of one step, computed in any order as they become
     available; the sum is taken in rank order, so the result does not depend on that order."""
 
+    def start(self, expert: Resident) -> None:
+        """Begin an expert of the next run, where others can while the caller goes on: nothing has
+        to come of it."""
+
     def run(self, experts: Sequence[Resident]) -> None:
         """Compute the given (expert, gate address, up address, down address) for every token that
         picked them. Addresses are of host memory that stays valid until the call returns."""

@@ -328,6 +328,16 @@ int fomoe_moe_start(fomoe_moe *moe, const int64_t *table)
     return moe->pairs_left;
 }
 
+void fomoe_moe_start_expert(fomoe_moe *moe, const int64_t *expert)
+{
+    if (moe->done[expert[0]] != TODO || !moe->count[expert[0]])
+        return;
+    fomoe_pool_finish(moe->pool);
+    set_job(moe, &moe->jobs[0], (int)expert[0], expert + 1, moe->mid, moe->mid_scratch);
+    moe->done[expert[0]] = STARTED;
+    start_wave(moe, moe->jobs, 1);
+}
+
 void fomoe_moe_settle(const fomoe_moe_layer *layer)
 {
     fomoe_pool_finish(layer->pool);

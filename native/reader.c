@@ -32,6 +32,11 @@ int fomoe_reader_reap(fomoe_reader *r, fomoe_landing *landings, int max)
     return n;
 }
 
+int fomoe_reader_issue(fomoe_reader *r)
+{
+    return r->ops->issue(r);
+}
+
 int fomoe_reader_cancel(fomoe_reader *r, int64_t id)
 {
     fomoe_request *q = (void *)(intptr_t)id;
@@ -91,6 +96,8 @@ int fomoe_reader_drain(fomoe_reader *r)
 {
     for (;;) {
         int rc = r->ops->collect(r);
+        if (rc >= 0)
+            rc = r->ops->issue(r);
         pthread_mutex_lock(&r->lock);
         int busy = fomoe_reader_num_in_flight(r) || r->again;
         pthread_mutex_unlock(&r->lock);

@@ -389,6 +389,22 @@ def test_landings_may_be_taken_without_the_event_loop(tmp_path: Path, way: tuple
     run(check())
 
 
+def test_what_waits_is_sent_when_something_has_landed(
+    tmp_path: Path, way: tuple[Any, Any]
+) -> None:
+    data = write_bytes(tmp_path / "a", 4 << 20)
+
+    async def check() -> None:
+        options = replace(SMALL, depth=2)
+        async with open_rig([tmp_path / "a"], *way, options=options) as rig:
+            request, views, landed = rig.request([(0, 4096, 3 << 20)])
+            rig.reader.submit([request])
+            await asyncio.wait_for(landed, 30)
+            assert np.array_equal(views[0], data[4096 : 4096 + (3 << 20)])
+
+    run(check())
+
+
 def test_an_abandoned_request_reads_no_more_and_is_done_once(
     tmp_path: Path, way: tuple[Any, Any]
 ) -> None:

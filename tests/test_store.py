@@ -156,6 +156,29 @@ def test_memory_of_a_read_in_flight_is_not_reused_when_its_step_ends():
     assert free_slots(s) == 1
 
 
+def test_who_lands_while_nothing_is_left_to_compute_begins_at_once():
+    s = make(quota=3, layers=1)
+    run_step(s, 0, [4])
+    begun = []
+
+    async def main():
+        step = s.store.begin(0, [1, 2, 3, 4], [1, 1, 1, 1])
+        step.start = lambda expert: begun.append(expert[0])
+        s.reader.land(count=1)
+        assert begun == []  # expert 4 is there, and has not been handed out
+        assert [e[0] for e in step.take()] == [1, 4]
+        s.reader.land(count=1)
+        assert begun == [2]
+        s.reader.land(count=1)
+        assert begun == [2]  # one at a time: 3 is handed out with it
+        assert [e[0] for e in step.take()] == [2, 3]
+        assert step.fresh
+        assert len(s.store.stats.handover_ns) == 4  # of the first step's read and these three
+        step.close()
+
+    asyncio.run(main())
+
+
 def test_held_experts_are_not_evicted_by_their_own_step():
     s = make(quota=2, transit=2, layers=1)
     run_step(s, 0, [1, 2])

@@ -100,6 +100,6 @@ class Ledger:
             reason = Reason.LATE if late else Reason.UNKNOWN
             self.tracer.event(Kind.STALL, begin_ns, end, layer, expert, self.clock, a=reason)
 
-    def note_handover(self, waited_ns: Sequence[int]) -> None:
+    def note_handover(self, *waited_ns: int) -> None:
         """Experts are handed to compute, so long after they landed."""
         self.stats.handover_ns.extend(waited_ns)

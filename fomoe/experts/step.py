@@ -28,8 +28,8 @@ class ExpertStep:
 
     __slots__ = (
         "_arrived", "_begin_ns", "_block", "_error", "_landed_ns", "_late", "_ledger", "_on_closed",
-        "_on_computed", "_ordered", "_resident", "_urgent", "_waker", "fresh", "layer", "lost",
-        "passing", "pending", "sweeping", "waiting", "wanted",
+        "_on_computed", "_ordered", "_resident", "_started", "_urgent", "_waker", "fresh", "layer", "lost",
+        "passing", "pending", "start", "sweeping", "waiting", "wanted",
     )  # fmt: skip
 
     def __init__(
@@ -55,6 +55,9 @@ class ExpertStep:
         self.waiting: set[int] = set()
         self.pending: deque[int] = deque()  # no slot yet
         self.lost = -1  # the expert that could not be read
+        # Told of the first expert that lands while nothing else is left to be computed, before any
+        # more is done about reads: it is handed out next.
+        self.start: Callable[[Resident], None] | None = None
         # Handed out first: those whose slots may be waited for, read ahead or landed since.
         transit = layer.transit
         self._urgent = [e for e in resident if e in transit] if transit else []
@@ -67,6 +70,7 @@ class ExpertStep:
         self._landed_ns: dict[int, int] = {}
         self._arrived: list[int] = []
         self._late: set[int] = set()
+        self._started = False  # the first of what is handed out next has begun
         self._begin_ns = time.perf_counter_ns()
         self._waker: asyncio.Future[None] | None = None
         self._error: ReadError | None = None
@@ -84,8 +88,14 @@ class ExpertStep:
         self._arrived.append(expert)
         if self._ordered and self.waiting:
             return
+        idle = not (self._urgent or self._resident)
         self._urgent += sorted(self._arrived) if self._ordered else self._arrived
         self._arrived.clear()
+        if self.start is not None and idle:
+            first = self._urgent[0]
+            self.start(self.layer.ready[first])
+            self._ledger.note_handover(time.perf_counter_ns() - self._landed_ns.pop(first))
+            self._started = True
         self._wake()
 
     def fail(self, expert: int, error: ReadError) -> None:
@@ -99,12 +109,11 @@ class ExpertStep:
         batches as long as others have to be read: what is computed gives its slots to reads, and
         the drive must not run dry meanwhile."""
         experts = self._next()
-        self.fresh = False
-        if self._landed_ns:
-            now, landed = time.perf_counter_ns(), self._landed_ns
-            waited = [now - landed.pop(e) for e in experts if e in landed]
-            self.fresh = bool(waited)
-            self._ledger.note_handover(waited)
+        now, landed = time.perf_counter_ns(), self._landed_ns
+        waited = [now - landed.pop(e) for e in experts if e in landed]
+        self.fresh = self._started or bool(waited)
+        self._started = False
+        self._ledger.note_handover(*waited)
         ready = self.layer.ready
         return [ready[e] for e in experts]
 
