@@ -58,6 +58,8 @@ class DeviceForward(Forward):
         self._tokens = 0
         self._turns: list[Turn] = []  # that may still read host memory
         self._unfinished: Turn | None = None  # whose sum is left to what comes next
+        # Recurrent states as they were before an audit: (place in the step, layer).
+        self._spares: dict[tuple[int, int], tuple[Any, ...]] = {}
         self._lookahead = Lookahead(places, self._tiered, self._residency)
 
     async def run(self, chunks: Sequence[Chunk]) -> list[Logits]:
@@ -90,14 +92,18 @@ class DeviceForward(Forward):
     ) -> list[Logits]:
         """As Forward._audit; states are kept in memory of their devices."""
         kept = []
-        for place, states in zip(
-            self._places, zip(*(s.delta for s in segments), strict=True), strict=True
-        ):
-            device = place.device
-            for array in (a for state in states if state for a in (state.conv, state.s)):
-                spare = device.array(array.shape, np.float32)
-                kept.append((device, array, spare))
-                device.compute.call(partial(device.assign, spare, array))
+        for number, segment in enumerate(segments):
+            for index, (place, state) in enumerate(zip(self._places, segment.delta, strict=True)):
+                if state is None:
+                    continue
+                device = place.device
+                spare = self._spares.get((number, index))
+                if spare is None:
+                    arrays = (device.array(a.shape, np.float32) for a in (state.conv, state.s))
+                    spare = self._spares[number, index] = tuple(arrays)
+                for array, other in zip((state.conv, state.s), spare, strict=True):
+                    kept.append((device, array, other))
+                    device.compute.call(partial(device.assign, other, array))
         try:
             logits = await self._layers(chunks, rows, segments, audit=True)
             return [None if own is None else np.array(own) for own in logits]
@@ -179,9 +185,7 @@ class DeviceForward(Forward):
         self._tiered.note_heard(index, time.perf_counter_ns() - begin)
         self._lookahead.forget(index)
         self._trace.computed(Part.ROUTE, index, begin)
-        routing = turn.routing
-        assert routing is not None
-        assert routing.ids[0, 0] >= 0, "the device told of a routing before it sent it"
+        routing = turn.take_routing()
         if not audit:
             self._residency.routed(index, routing)
         try:

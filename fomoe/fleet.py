@@ -127,7 +127,7 @@ class Fleet:
         workspace += device.workspace_bytes(self.ops[number], **self._shapes)
         workspace += 3 * 4 * options.ubatch * self._hp.hidden + tables
         dense = sum(region_bytes(i, 256) for i in self._infos if self._owner(i.name) is device)
-        states = options.parallel + (options.car_audit > 0)
+        states = options.parallel * (2 if options.car_audit else 1)  # an audit keeps copies
         fixed = [
             ("dense weights", dense),
             ("KV cache", kv_bytes(own, options.context, options.cache_type)),

@@ -52,7 +52,7 @@ class Processor:
         dense = sum(region_bytes(info, REGION_ALIGNMENT) for info in infos)
         workspace = models.buffer_bytes(hp, options.ubatch)
         workspace += CpuOps.workspace_bytes(self._threads, options.ubatch, **self._shapes)
-        states = options.parallel + (options.car_audit > 0)
+        states = options.parallel * (2 if options.car_audit else 1)  # an audit keeps copies
         return [
             ("dense weights", dense + HUGE_PAGE_BYTES),
             ("KV cache", kv_bytes(hp.layers, options.context, options.cache_type)),

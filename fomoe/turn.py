@@ -51,8 +51,11 @@ class Turn:
         expert and the picks that the device holds."""
         place = self.place
         stand_ins = place.offers[self.index].stand_ins if substitutes else None
+        launched = False
 
         def launch() -> tuple[Routing, DeviceMoeCall]:
+            nonlocal launched
+            launched = True
             if before is not None:
                 before.do_finish(False)
             self._layer.mix(self._x, segments, cache)
@@ -68,20 +71,24 @@ class Turn:
             return routing, call
 
         key = self.index, before is not None, substitutes
-        self.routing, self._call = place.ops.fixed_part(key, segments, launch)
+        routing, self._call = place.ops.fixed_part(key, segments, launch)
+        if not launched:  # else it is there, and may have been taken
+            self.routing = routing
 
     def do_run(self, experts: Sequence[Resident]) -> None:
         assert self._call is not None
         self._call.run(experts)
 
     def do_finish(self, helped: bool) -> None:
-        """x += what was computed, on the device and by the processor."""
-        assert self._call is not None
+        """x += what was computed, on the device and by the processor. What a layer of a prompt was
+        computed in is for the next one: all of a step's would be gigabytes."""
+        call, self._call = self._call, None
+        assert call is not None
         if not helped:
-            self._call.finish(self._x)
+            call.finish(self._x)
         else:
             assert self.place.helper is not None
-            self._call.finish_some(self._x)
+            call.finish_some(self._x)
             part = self.place.partial[: self._tokens]
             self.place.device.move(part, self.place.helper.partial[: self._tokens])
             self._x += part
@@ -90,6 +97,13 @@ class Turn:
 
     def queue(self, work: Callable[..., None], *args: Any) -> None:
         self.place.device.compute.call(partial(work, *args))
+
+    def take_routing(self) -> Routing:
+        """What the router said, once that is on the host. The turn keeps it no longer."""
+        routing, self.routing = self.routing, None
+        assert routing is not None
+        assert routing.ids[0, 0] >= 0, "the device told of a routing before it sent it"
+        return routing
 
     @property
     def passing(self) -> bool:
