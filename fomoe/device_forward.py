@@ -3,11 +3,14 @@
 Owns: what is queued on which stream, and when the host waits. Does not know: slots, the cost model,
 which kind of device.
 
-The host waits for a layer's routing (its mailbox), and never for a layer's end: what a device holds
-is computed from its table while the mailbox is on its way, only what is missing is brought, and the
-next layer is queued behind it. Where nothing was missing that is one piece of work (Turn.do_begin),
-which a GPU plays back as one graph: a layer's sum is left to the next one's beginning, since only
-the host knows that nothing is missing.
+The host never waits for a layer's end, and for a layer's routing (its mailbox) only where experts
+may be missing: what a device holds is computed from its table while the mailbox is on its way, only
+what is missing is brought, and the next layer is queued behind it. Where nothing was missing the
+next layer is queued first, and noted is what was picked while that is computed (passed.py). Layers
+whose devices hold every expert are queued one after the other, and all of a short step as one piece
+where one device has all of them. A piece (turn.do_begin) is what a GPU plays back as one graph: a
+layer's sum is left to the next one's beginning, since it may be the host that knows that nothing
+is missing.
 
 With several devices, layers take turns: while one device computes a layer, the next layer's router
 is asked about the residual stream on the other one, and what it will probably pick is copied there
@@ -25,21 +28,21 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fomoe.chunks import distinct, lost_expert
+from fomoe.chunks import lost_expert
+from fomoe.device_experts import DeviceExperts
 from fomoe.errors import ReadError
-from fomoe.experts.layer import Resident
-from fomoe.experts.placement import LayerPlacement
 from fomoe.experts.tiered import TieredStore
 from fomoe.forward import Forward, Logits
 from fomoe.kernels.ops import KvCache, Routing, Segment
 from fomoe.lookahead import Lookahead
 from fomoe.memory import finish
 from fomoe.models import HEAD_ROWS, Layer
+from fomoe.passed import Passed
 from fomoe.places import Place
 from fomoe.scheduler import Chunk
-from fomoe.signals import Signal, drain
+from fomoe.signals import Signal, drain, soon
 from fomoe.trace_format import Part
-from fomoe.turn import Turn
+from fomoe.turn import Turn, do_begin
 
 
 class DeviceForward(Forward):
@@ -60,7 +63,9 @@ class DeviceForward(Forward):
         self._unfinished: Turn | None = None  # whose sum is left to what comes next
         # Recurrent states as they were before an audit: (place in the step, layer).
         self._spares: dict[tuple[int, int], tuple[Any, ...]] = {}
+        self._passed = Passed(self._tiered, self._residency, self._trace)
         self._lookahead = Lookahead(places, self._tiered, self._residency)
+        self._experts = DeviceExperts(self._tiered, self._lookahead, self._compute)
 
     async def run(self, chunks: Sequence[Chunk]) -> list[Logits]:
         """As Forward.run. However it ends, no device reads experts in host memory then."""
@@ -75,6 +80,7 @@ class DeviceForward(Forward):
     async def _end(self, complete: bool) -> None:
         """Where no expert was missing there is nothing to wait for: the logits came last."""
         self._lookahead.clear()
+        self._passed.clear()
         self._unfinished = None
         try:
             reads = self._tiered.num_borrowed or any(turn.step for turn in self._turns)
@@ -123,12 +129,25 @@ class DeviceForward(Forward):
         self._at = self._places[0]
         x = self._at.x(self._tokens)
         self._at.device.compute.call(partial(self._model.embed_into, rows, x))
-        for layer, cache in zip(self._model.layers, self._caches, strict=True):
+        if self._inline and self._holds_all():
             await self._yield(chunks)
-            await self._layer(layer, cache, x, chunks, segments, audit)
+            self._begin_turns(self._model.layers, self._caches, segments, audit)
+        else:
+            for layer, cache in zip(self._model.layers, self._caches, strict=True):
+                await self._yield(chunks)
+                await self._layer(layer, cache, chunks, segments, audit)
         self._finish_before()
         self._move(self._places[0])
-        return await self._head(chunks, segments, x)
+        logits = await self._head(chunks, segments, x)
+        await self._passed.note()
+        return logits
+
+    def _holds_all(self) -> bool:
+        """One device computes all layers, and has every expert."""
+        if len(self._devices) > 1 or self._places.count(self._places[0]) < len(self._places):
+            return False
+        tier = self._places[0].tier
+        return all(tier.holds_all(i) for i in range(len(self._places)))
 
     async def _logits(self, x: Any, rows: list[int]) -> npt.NDArray[np.float32]:
         device, host = self._at.device, self._head_rows[: len(rows)]
@@ -138,6 +157,7 @@ class DeviceForward(Forward):
             device.move(host, self._model.head(picked))
 
         device.compute.call(work)
+        await self._passed.note()
         begin = time.perf_counter_ns()
         await Signal(device, device.compute.record()).reached()
         self._trace.computed(Part.HEAD, -1, begin)
@@ -156,11 +176,46 @@ class DeviceForward(Forward):
         place.bring(self._at, self._tokens)
         self._at = place
 
+    def _begin_turns(
+        self,
+        layers: Sequence[Layer],
+        caches: Sequence[KvCache | None],
+        segments: Sequence[Segment],
+        audit: bool,
+    ) -> Turn | None:
+        """Queue layers that follow one another on a device, whose last sum is left to what comes
+        next. Several are such whose experts are all there; of one that may miss some, its turn."""
+        indices = [layer.parameters.index for layer in layers]
+        place, x = self._places[indices[0]], self._places[indices[0]].x(self._tokens)
+        self._move(place)
+        turns = [Turn(place, layer, x, self._tokens) for layer in layers]
+        self._turns += turns
+        for index in indices:
+            place.tier.begin(index)
+        passes = self._inline and place.tier.holds_all(indices[0])
+        substitutes = self._residency.substitutes and not (audit or passes)
+        if substitutes:
+            place.offers[indices[0]].offer(*self._residency.offer(indices[0]))
+        before, self._unfinished = self._unfinished, None
+        options = {"substitutes": substitutes, "helped": not passes}
+        place.device.compute.call(partial(do_begin, turns, segments, caches, before, **options))
+        if not passes:
+            return turns[0]
+        for turn in turns:
+            self._pass(turn, None, audit)
+        return None
+
+    def _pass(self, turn: Turn, routing: Routing | None, audit: bool) -> None:
+        """A layer's turn is over, and nothing was missing."""
+        self._passed.add(turn, routing, passing=audit)
+        self._unfinished = turn
+        turn.place.tier.end(turn.index)
+        turn.end()
+
     async def _layer(
         self,
         layer: Layer,
         cache: KvCache | None,
-        x: Any,
         chunks: Sequence[Chunk],
         segments: Sequence[Segment],
         audit: bool,
@@ -168,115 +223,32 @@ class DeviceForward(Forward):
         index = layer.parameters.index
         place = self._places[index]
         begin = time.perf_counter_ns()
-        self._move(place)
-        turn = Turn(place, layer, place.x(self._tokens), self._tokens)
-        self._turns.append(turn)
-        place.tier.begin(index)
-        substitutes = self._residency.substitutes and not audit
-        if substitutes:
-            place.offers[index].offer(*self._residency.offer(index))
-        before, self._unfinished = self._unfinished, None
-        turn.queue(turn.do_begin, segments, cache, before, substitutes)
-        heard = Signal(place.device, turn.heard)
+        turn = self._begin_turns([layer], [cache], segments, audit)
+        # Whose events come first must be asked for first.
+        signal = Signal(place.device, turn.heard) if turn and not self._inline else None
         below = self._model.layers[index + 1] if index + 1 < len(self._model.layers) else None
         if below and self._read_ahead and not audit:
             self._lookahead.ask(below, place, self._tokens, segments)
-        await heard.reached()
+        await self._passed.note(heard=True)
+        if turn is None:
+            return
+        await (signal.reached() if signal else soon(place.device, turn.heard))
         self._tiered.note_heard(index, time.perf_counter_ns() - begin)
         self._lookahead.forget(index)
         self._trace.computed(Part.ROUTE, index, begin)
         routing = turn.take_routing()
+        if self._inline and not place.fixed and place.tier.has(index, routing.ids):
+            self._trace.layer(index, begin, time.perf_counter_ns())
+            self._pass(turn, routing, audit)
+            return
+        await self._passed.note()
         if not audit:
             self._residency.routed(index, routing)
         try:
-            await self._experts(turn, layer, routing, passing=audit)
+            finished = await self._experts.bring(turn, layer, routing, passing=audit)
         except ReadError as error:
             assert turn.step is not None
             raise lost_expert(error, turn.step.lost, routing, chunks, segments) from error
-        self._trace.layer(index, begin, time.perf_counter_ns())
-
-    async def _experts(self, turn: Turn, layer: Layer, routing: Routing, passing: bool) -> None:
-        """Everything that the layer's picks need is computed, or queued."""
-        index, place = turn.index, turn.place
-        tier = place.tier
-        picks, numbers = distinct(routing)
-        counts = dict(zip(picks, numbers, strict=True))
-        missing = tier.missing(index, counts)
-        ahead = tier.take_ahead(index, missing)
-        here = {e[0] for e in ahead}
-        missing = [e for e in missing if e not in here]
-        if not passing:
-            held = [e for e in picks if e not in missing]
-            self._tiered.note_above(index, held, [counts[e] for e in held])
-        step = self._store.begin(index, missing, [counts[e] for e in missing], passing=passing)
-        turn.open(step)
-        if ahead:
-            turn.queue(turn.do_run, ahead)
-            tier.computed(index, ahead, picks, keep=not passing)
-        placement = place.placement(index, self._tokens)
-        helper = place.helper
-        if helper and missing:
-            helper.begin(layer.parameters.moe, routing)
-        ready = step.take()
-        while True:
-            if ready:
-                await self._place(turn, ready, placement, counts)
-            if place.fixed:
-                await drain([place.device])
-                turn.settle()
-            self._lookahead.fetch_on(step)
-            ready = await step.landed()
-            if not ready:
-                break
-        if helper and missing:
-            helper.finish()
-            turn.queue(turn.do_finish, True)
-        else:
+        if not finished:
             self._unfinished = turn
-        tier.end(index)
-        turn.end()
-
-    async def _place(
-        self,
-        turn: Turn,
-        experts: Sequence[Resident],
-        placement: LayerPlacement,
-        counts: dict[int, int],
-    ) -> None:
-        """Compute experts that are in host memory where they are done first."""
-        device, host = placement.split([e[0] for e in experts], counts.__getitem__)
-        by_number = {e[0]: e for e in experts}
-        self._copy(turn, [by_number[e] for e in device], list(counts))
-        if host:
-            await self._compute_here(turn, [by_number[e] for e in host], list(counts))
-
-    def _copy(self, turn: Turn, experts: Sequence[Resident], picks: Sequence[int]) -> None:
-        """Queue copies to the device in batches, and behind each the kernels that read it, which
-        run while the next batch is copied."""
-        tier = turn.place.tier
-        while experts:
-            batch = experts[: tier.batch(turn.index)]
-            experts = experts[len(batch) :]
-            turn.read(batch)
-            here = tier.copy(turn.index, batch, turn.was_read)
-            turn.queue(turn.do_run, here)
-            tier.computed(turn.index, here, picks, keep=not turn.passing)
-
-    async def _compute_here(
-        self, turn: Turn, experts: Sequence[Resident], picks: Sequence[int]
-    ) -> None:
-        """The processor computes experts where they lie; those that deserve to stay on the device
-        are copied there meanwhile."""
-        place = turn.place
-        place.tier.stats.host_uses += len(experts)
-        turn.read(experts)
-        if not turn.passing and not place.pins(turn.index):
-            turn.read(place.tier.promote(turn.index, experts, picks, turn.was_read))
-        if place.helper:
-            await self._compute(
-                Part.RESIDENT, turn.index, place.helper.run, experts, experts=len(experts)
-            )
-            turn.was_read(experts)
-        else:
-            turn.queue(turn.do_run, experts)
-            place.device.when(place.device.compute.record(), partial(turn.was_read, experts))
+        self._trace.layer(index, begin, time.perf_counter_ns())

@@ -6,6 +6,7 @@ Owns: being told of events. Does not know: what was queued.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Sequence
 
 from fomoe.kernels.device import Device, Event
@@ -34,6 +35,21 @@ class Signal:
         failure = self._device.failure()
         if failure is not None:
             raise failure
+
+
+async def soon(device: Device, event: Event) -> None:
+    """Wait for an event that is probably a fraction of a millisecond away: the loop asks every
+    time that it comes round, for as long as the device says that this is quicker. As reached()
+    otherwise."""
+    end = time.perf_counter_ns() + device.poll_ns
+    while not event.done():
+        if time.perf_counter_ns() >= end:
+            await Signal(device, event).reached()
+            return
+        await asyncio.sleep(0)
+    failure = device.failure()
+    if failure is not None:
+        raise failure
 
 
 async def drain(devices: Sequence[Device]) -> None:

@@ -31,49 +31,47 @@ class Turn:
         self.heard = place.device.mark(self.index)  # the routing is on the host
         self._layer = layer
         self._x = x
-        self._tokens = tokens
+        self.tokens = tokens
         self._call: DeviceMoeCall | None = None
         self._reads: Counter[int] = Counter()  # by expert: copies and kernels that read its slot
         self._free: list[Resident] = []  # where that has been done, until settle()
         self._over = False
+        self._launched = False
 
     # ---- work for the stream ----
 
-    def do_begin(
+    def launch(
         self,
         segments: Sequence[Segment],
         cache: KvCache | None,
         before: Turn | None,
+        *,
         substitutes: bool,
-    ) -> None:
+        helped: bool,
+    ) -> tuple[Routing, DeviceMoeCall]:
         """All that the host has no part in: the sum of the layer `before` if that was left to this
         one, the mixer, the router, stand-ins; then, once the host can hear of those, the shared
-        expert and the picks that the device holds."""
+        expert and the picks that the device holds. `helped`: the processor may be given some."""
         place = self.place
         stand_ins = place.offers[self.index].stand_ins if substitutes else None
-        launched = False
+        self._launched = True
+        if before is not None:
+            before.do_finish(False)
+        self._layer.mix(self._x, segments, cache)
+        self.routing = routing = self._layer.route(self._x, stand_ins)
+        if place.helper and helped:
+            place.device.move(place.helper.h[: self.tokens], routing.h)
+        place.device.reach(self.heard)
+        self._call = call = cast(DeviceMoeCall, self._layer.experts(routing))
+        table = place.tier.table(self.index)
+        if table is not None:
+            call.run_table(table)
+        return routing, call
 
-        def launch() -> tuple[Routing, DeviceMoeCall]:
-            nonlocal launched
-            launched = True
-            if before is not None:
-                before.do_finish(False)
-            self._layer.mix(self._x, segments, cache)
-            routing = self._layer.route(self._x, stand_ins)
-            if place.helper:
-                place.device.move(place.helper.h[: self._tokens], routing.h)
-            self.routing = routing
-            place.device.reach(self.heard)
-            call = cast(DeviceMoeCall, self._layer.experts(routing))
-            table = place.tier.table(self.index)
-            if table is not None:
-                call.run_table(table)
-            return routing, call
-
-        key = self.index, before is not None, substitutes
-        routing, self._call = place.ops.fixed_part(key, segments, launch)
-        if not launched:  # else it is there, and may have been taken
-            self.routing = routing
+    def launched(self, routing: Routing, call: DeviceMoeCall) -> None:
+        """What launch() made: now, or when it was recorded."""
+        if not self._launched:  # else it is there, and may have been taken
+            self.routing, self._call = routing, call
 
     def do_run(self, experts: Sequence[Resident]) -> None:
         assert self._call is not None
@@ -89,8 +87,8 @@ class Turn:
         else:
             assert self.place.helper is not None
             call.finish_some(self._x)
-            part = self.place.partial[: self._tokens]
-            self.place.device.move(part, self.place.helper.partial[: self._tokens])
+            part = self.place.partial[: self.tokens]
+            self.place.device.move(part, self.place.helper.partial[: self.tokens])
             self._x += part
 
     # ---- the event loop's ----
@@ -151,3 +149,28 @@ class Turn:
         if self.step is not None:
             self.step.close()
             self.step = None
+
+
+def do_begin(
+    turns: Sequence[Turn],
+    segments: Sequence[Segment],
+    caches: Sequence[KvCache | None],
+    before: Turn | None,
+    *,
+    substitutes: bool,
+    helped: bool,
+) -> None:
+    """Work for the stream: begin the turns of layers that follow one another on a device, each
+    being finished by the next. The last one is not."""
+
+    def launch() -> list[tuple[Routing, DeviceMoeCall]]:
+        made, last = [], before
+        for turn, cache in zip(turns, caches, strict=True):
+            made.append(turn.launch(segments, cache, last, substitutes=substitutes, helped=helped))
+            last = turn
+        return made
+
+    key = turns[0].index, len(turns), before is not None, substitutes, helped
+    found = turns[0].place.ops.fixed_part(key, segments, launch)
+    for turn, one in zip(turns, found, strict=True):
+        turn.launched(*one)

@@ -150,6 +150,7 @@ class Device(Protocol):
 
     name: str
     shares_memory: bool  # its kernels can read host memory as fast as their own
+    poll_ns: int  # for so long asking an event again and again is quicker than being called back
 
     @property
     def compute(self) -> Stream:

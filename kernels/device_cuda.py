@@ -87,6 +87,9 @@ class CudaDevice:
     for tests without one."""
 
     shares_memory = False
+    # Being called back goes through the driver's thread, the eventfd and the loop: it may well take
+    # as long as the experts of a layer of a token, and those are what the next layer's launch has.
+    poll_ns = 1_000_000
 
     def __init__(
         self, name: str, index: int, *, place: Any = None, runtime: Runtime | None = None

@@ -4,6 +4,7 @@ ordered wrongly shows. Whatever the devices and budgets, the text is that of the
 import asyncio
 import contextlib
 import random
+import threading
 
 import numpy as np
 import pytest
@@ -27,6 +28,7 @@ from fomoe.tracing.perfetto import write_chrome_trace
 from fomoe.tracing.recording import read_recording
 from fomoe.tracing.summary import summarise
 from fomoe.tracing.text import render
+from fomoe.turn import do_begin
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +97,47 @@ def test_text_does_not_depend_on_budgets(model, expected, devices, names, side):
     assert stats.generation.expert_reads
     if side != "host":
         assert all(s.copied for s in tier_stats)
+
+
+@pytest.mark.parametrize("names", ["cpu", "cpu,cpu"])
+def test_nothing_is_waited_for_where_every_expert_is_there(model, expected, devices, names):
+    devices.chosen = "copy"
+
+    async def main():
+        async with Engine.open(model, device=names, vram="1GiB", **OPTIONS) as engine:
+            places = engine.loaded.places
+            for seed in range(40):
+                if all(place.tier.holds_all(i) for i, place in enumerate(places)):
+                    break
+                await engine.logits(np.random.default_rng(seed).integers(3, 280, 60).tolist())
+            assert await text_of(engine) == expected
+            held = threading.Event()
+            devices.made[0].compute.call(held.wait)
+            begun = []
+            for device in devices.made:
+                note_begun(device.compute, begun)
+            text = asyncio.create_task(text_of(engine, "t", n=1))
+            while len(begun) < len(places):  # noqa: ASYNC110
+                await asyncio.sleep(1e-3)
+            assert not text.done()
+            held.set()
+            await text
+            assert begun == list(range(len(places)))
+            assert_all_slots_are_somewhere(engine)
+
+    run(main())
+
+
+def note_begun(stream, begun):
+    """Note the layers that a stream is given to begin."""
+    call = stream.call
+
+    def noted(work):
+        if getattr(work, "func", None) is do_begin:
+            begun.extend(turn.index for turn in work.args[0])
+        call(work)
+
+    stream.call = noted
 
 
 def test_pinned_experts_never_come_to_the_device(model, expected, devices):

@@ -103,12 +103,15 @@ def test_graphs_change_nothing(model, cuda, monkeypatch):
     assert played >= (len(IDS) - 2) * TOY.layers
 
 
-def test_a_token_without_misses_is_one_graph_a_layer(model, cuda, monkeypatch):
+@pytest.mark.parametrize("devices", ["cuda:0", "cuda:0,cuda:0"])
+def test_a_token_without_misses_is_one_graph(model, cuda, monkeypatch, devices):
+    """Where devices take turns it is one a layer."""
     path = model(layers=3, recurrent_layers=(True, False, True), top_k=4)
 
     async def main():
         with graphs(monkeypatch, DECIDE) as log:
-            async with Engine.open(path, **OPTIONS) as engine:
+            async with Engine.open(path, **OPTIONS | {"device": devices}) as engine:
+                # One token fills both devices' caches, two more record its layers.
                 await feed(engine, IDS)
                 assert all(p.tier.holds_all(i) for i, p in enumerate(engine.loaded.places))
                 waits, seen = len(cuda.waits), []
@@ -116,12 +119,17 @@ def test_a_token_without_misses_is_one_graph_a_layer(model, cuda, monkeypatch):
                 assert len(cuda.waits) == waits
                 return [log.names[a:b] for a, b in pairwise(seen)]
 
+    tables = ["aten::copy_", "embed_kernel"]
     for names in run(main()):
-        begin, end = names.index("graph"), len(names) - names[::-1].index("graph")
-        assert names[begin:end] == ["graph"] * 3
-        # Before the layers the step's tables and the embedding, after them the sum of the last one
-        # and the head.
-        assert set(names[:begin]) == {"aten::copy_", "embed_kernel"}
+        end = len(names) - names[::-1].index("graph")
+        if devices == "cuda:0":
+            # Before the layers the step's tables and the embedding, after them the sum of the last
+            # one and the head.
+            assert set(names[: names.index("graph")]) == set(tables)
+            assert names.count("graph") == 1
+        else:
+            layers = [n for n in names[:end] if n not in tables]
+            assert layers == ["graph", "combine_kernel", "graph", "combine_kernel", "graph"]
         assert names[end:] == ["combine_kernel", "rms_norm_kernel", "matvec_kernel", "aten::copy_"]
 
 
@@ -170,8 +178,8 @@ def test_audits_share_memory(model, cuda, monkeypatch):
 def test_stand_ins_of_graphs_are_those_of_the_policy(model, cuda, monkeypatch, rule):
     layers, top_k = 3, 4
     path = model(layers=layers, recurrent_layers=(True, False, True), experts=16, top_k=top_k)
-    checked, known = [], {}
-    offer, adopt = Residency.offer, CacheAwareRouter.adopt
+    checked, full, known = [], [], {}
+    offer, adopt, select = Residency.offer, CacheAwareRouter.adopt, CacheAwareRouter.select
     car = CarOptions.parse(rule)
     policies = [CacheAwareRouter(car, 1, top_k) for _ in range(layers)]
 
@@ -187,9 +195,16 @@ def test_stand_ins_of_graphs_are_those_of_the_policy(model, cuda, monkeypatch, r
         checked.append(len(want.displaced))
         return adopt(self, layer, logits, ids, weights, used_ids, used_weights)
 
+    def selected(self, layer, logits, ids, weights, available):
+        if self not in policies:
+            assert available.all(), "the device did not choose, though experts may be missing"
+            full.append(layer)
+        return select(self, layer, logits, ids, weights, available)
+
     monkeypatch.setattr("fomoe.kernels.gpu.ops.matvec", products)
     monkeypatch.setattr(Residency, "offer", offered)
     monkeypatch.setattr(CacheAwareRouter, "adopt", adopted)
+    monkeypatch.setattr(CacheAwareRouter, "select", selected)
 
     async def main():
         with graphs(monkeypatch, DECIDE) as log:
@@ -201,5 +216,6 @@ def test_stand_ins_of_graphs_are_those_of_the_policy(model, cuda, monkeypatch, r
 
     _, stats, played = run(main())
     assert stats.substitutions == sum(checked) > 0
-    assert len(checked) == stats.token_layers
+    assert len(checked) + len(full) == stats.token_layers
+    assert len(checked) > len(full)
     assert played

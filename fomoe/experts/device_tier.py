@@ -18,6 +18,7 @@ from functools import partial
 from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from fomoe.experts.cache import Below, BoolArray, ExpertCache, Policy
 from fomoe.experts.device_copies import DeviceCopies, Sources, TierStats
@@ -28,6 +29,8 @@ from fomoe.experts.layer import Resident
 from fomoe.kernels.device import Device, Event
 from fomoe.kernels.ops import A
 from fomoe.trace import Tracer
+
+I32Array = npt.NDArray[np.int32]
 
 
 class TierBelow(Protocol):
@@ -109,6 +112,10 @@ class DeviceTier:
         """No step of the layer need bring any expert."""
         cache = self._layers[layer].cache
         return len(cache) == cache.num_experts
+
+    def has(self, layer: int, experts: I32Array) -> bool:
+        """The layer's table has all of these, if its turn has begun and nothing came or left."""
+        return bool(self._layers[layer].cache.resident[experts].all())
 
     def tick(self, layer: int, clock: int) -> None:
         """The policy, which the host's tier shares, was told of uses at this time."""

@@ -25,8 +25,9 @@ class FixedParts:
         self._device = device
         self.routed, self.experts = Scratch(device), Scratch(device)
         self._recorded: Recorded[Any] = Recorded(device)
-        self._mailboxes: dict[Hashable, Mailbox] = {}  # by the key of the part
+        self._mailboxes: dict[Hashable, list[Mailbox]] = {}  # by the key of the part
         self._key: Hashable = None  # of the part that runs
+        self._taken = 0  # of its mailboxes
 
     @property
     def num_bytes(self) -> int:
@@ -34,9 +35,9 @@ class FixedParts:
 
     def run(self, key: Hashable, launch: Callable[[], R], generation: int) -> R:
         """As Recorded.run; meanwhile take() and mailbox() are of this key."""
-        if key in self._mailboxes:
-            self._mailboxes[key].clear()
-        self._key = key
+        for mailbox in self._mailboxes.setdefault(key, []):
+            mailbox.clear()
+        self._key, self._taken = key, 0
         try:
             moved = generation + self.routed.generation + self.experts.generation
             result: R = self._recorded.run(key, launch, moved)
@@ -52,8 +53,11 @@ class FixedParts:
         return [torch.empty(size, dtype=torch.float32, device=self._device) for size in sizes]
 
     def mailbox(self, picks: Any, logits: Any) -> Mailbox:
-        """In a fixed part the one that its key had before, if it had one, else a new one."""
-        found = self._mailboxes.get(self._key) or Mailbox.like(picks, logits)
-        if self._key is not None:
-            self._mailboxes[self._key] = found
-        return found
+        """In a fixed part those that its key had before, in the same order, else new ones."""
+        if self._key is None:
+            return Mailbox.like(picks, logits)
+        known = self._mailboxes[self._key]
+        if self._taken == len(known):
+            known.append(Mailbox.like(picks, logits))
+        self._taken += 1
+        return known[self._taken - 1]
