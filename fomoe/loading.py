@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from fomoe import models
 from fomoe.config import EngineOptions
 from fomoe.errors import FormatError
@@ -49,6 +51,9 @@ from fomoe.weights import EmbeddingRows
 # What reads ahead are judged by where the drive has not been measured (buffered, or a small file).
 _UNMEASURED_BYTES_PER_S = 1e9
 _LATENCY_S = 1e-4
+
+# Less than any that counts: after all that were used.
+_LEAST_USE = 1e-6
 
 _log = logging.getLogger(__name__)
 
@@ -135,7 +140,7 @@ async def load(
         exits.push_async_callback(background.close)
         for pool in dict.fromkeys(pools):
             background.start(backend.prepare(arena, reader, pool.base, pool.nbytes))
-        await _seed(options, store, residency, background)
+        await _seed(options, plan, store, residency, background)
         return Loaded(
             gguf=gguf,
             hp=hp,
@@ -264,12 +269,25 @@ def _background_bytes(drive: Drive | None) -> int:
 
 
 async def _seed(
-    options: EngineOptions, store: ExpertStore, residency: Residency, background: Background
+    options: EngineOptions,
+    plan: MemoryPlan,
+    store: ExpertStore,
+    residency: Residency,
+    background: Background,
 ) -> None:
-    """Read the experts that earlier runs used most, in the order in which that pays."""
-    if residency.uses is None:
+    """Read the experts that earlier runs used most, in the order in which that pays; and all others
+    where devices have room for everyone: a layer whose device has all of its experts never waits
+    for the host."""
+    uses = residency.uses
+    if plan.devices and not options.deterministic and all(d.all_resident for d in plan.devices):
+        quotas = {layer: n for d in plan.devices for layer, n in d.quota.items()}
+        shape = store.num_layers, max(quotas.values(), default=0)
+        uses = np.zeros(shape, np.float32) if uses is None else uses.copy()
+        for layer, num_experts in quotas.items():
+            uses[layer, :num_experts] += _LEAST_USE
+    if uses is None:
         return
-    seeding = store.seed(seed_order(residency.uses, store.capacities()))
+    seeding = store.seed(seed_order(uses, store.capacities()))
     if options.deterministic:
         # Who is resident at the first token must not depend on how soon it is asked for.
         await seeding
