@@ -42,7 +42,8 @@ def test_dry_run(tmp_path: Path) -> None:
     for run in report["runs"]:
         assert run["generation"]["tokens_per_second"] > 0
         assert run["prompt"]["tokens_per_second"] > 0
-        assert run["launches"] == {"not measured": "there is no GPU"}
+        assert run["generation"]["all_on_device"]
+        assert run["launches"] == run["memory"] == {"not measured": "there is no GPU"}
     assert "| Q4_K |" in done.stdout
     assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
 
@@ -222,6 +223,7 @@ def test_the_table_says_what_is_missing_and_why(tmp_path: Path) -> None:
                         "bound_seconds": {"drive": 0.1, "link": 0.01, "device_memory": 0.02},
                         "seconds_over_bound": 2.0,
                     },
+                    "memory": {"planned_bytes": 24 << 30, "used_bytes": 25 << 30},
                     "launches": {"not measured": "no library"},
                 },
             ],
@@ -235,6 +237,9 @@ def test_the_table_says_what_is_missing_and_why(tmp_path: Path) -> None:
     assert "| 24GiB | off | 5.00 | 2.0 | 1.0 | 100.0 (drive) | 2.00 | - | - | - |" in text
     assert "- (too long)" in text
     assert "24GiB, CAR off: not measured: no library" in text
+    assert "25.00 GiB of the card's memory are used, 24.00 were planned" in text
+    assert "aim: kernels at 75% of the copy rate: reached by all" in text
+    assert "a token within 1.15 of its bound (with misses): 2.00, not reached" in text
 
 
 def test_what_is_carried_has_a_limit(tmp_path: Path, monkeypatch: Any) -> None:

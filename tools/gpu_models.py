@@ -30,6 +30,7 @@ PROMPT_SHARE = 0.6  # of the time, that a prompt may be expected to take
 MANY = 16  # tokens that kernels for many compute, as few as there are: each needs other experts
 READY_SECONDS, READY_BYTES = 0.3, 16 << 20  # memory that grows by less a time is ready
 PROFILED = 4  # tokens
+FILL_SHARE = 0.4  # of the time, that all experts may take to come to a card that has room for them
 PROFILE_SECONDS = 10
 
 
@@ -55,8 +56,10 @@ class Moved:
 class Run:
     """A model that is open, and the time it may take."""
 
-    def __init__(self, engine: Engine, args: argparse.Namespace, end: float) -> None:
-        self.engine, self.args, self.end = engine, args, end
+    def __init__(
+        self, engine: Engine, args: argparse.Namespace, end: float, free: int | None
+    ) -> None:
+        self.engine, self.args, self.end, self.free = engine, args, end, free
         self.rates: dict[str, float] = args.rates
         self.source = TokenSource(engine.loaded.hp.vocab_size)
 
@@ -68,7 +71,9 @@ class Run:
         tell({"plan": self.engine.plan.lines()})
         await self.warm_up()
         tell({"prompt": await self.prompt()})
+        await self.fill()
         tell({"generation": await self.generation()})
+        tell({"memory": self.memory()})
         tell({"launches": await self.launches()})
         tell({"stats": self.engine.stats().lines()})
 
@@ -108,6 +113,25 @@ class Run:
             "seconds_over_bound": over(sample.seconds, bound),
         }
 
+    async def fill(self) -> None:
+        """Let all experts come to the devices, where those have room for everyone."""
+        places, end = self.engine.loaded.places, time.monotonic() + FILL_SHARE * self.left
+        if all(device.all_resident for device in self.engine.plan.devices):
+            while any(p.tier.room(i) for i, p in enumerate(places)):
+                if time.monotonic() > end:
+                    return
+                await asyncio.sleep(READY_SECONDS)
+
+    def memory(self) -> dict[str, Any]:
+        """What was planned of the card's memory, and what is used."""
+        if self.free is None:
+            return {"not measured": "there is no GPU"}
+        planned = sum(device.total_bytes for device in self.engine.plan.devices)
+        return {
+            "planned_bytes": planned,
+            "used_bytes": self.free - self.engine.loaded.places[0].device.memory()[0],
+        }
+
     async def generation(self) -> dict[str, Any]:
         """Tokens one by one in pieces, after a piece that is not counted, as long as there is time:
         one piece at the least."""
@@ -127,8 +151,10 @@ class Run:
         host_share = (after.host_uses - before.host_uses) / uses if uses else 0.0
         bound = self.bound(read, copied) | {"device_memory": self.memory_seconds(host_share)}
         seconds = statistics.median(s.seconds for s in samples) / self.args.n_gen
+        places = self.engine.loaded.places
         return {
             "tokens": tokens,
+            "all_on_device": all(p.tier.holds_all(i) for i, p in enumerate(places)),
             "tokens_per_second": 1 / seconds,
             "read_bytes_per_token": read,
             "copied_bytes_per_token": copied,
@@ -159,6 +185,15 @@ class Run:
         return await record(decode, PROFILED, self.engine.loaded.hp.num_layers, file)
 
 
+def free_memory(device: str) -> int | None:
+    """Bytes of the card that are free before anything is loaded; None of the processor."""
+    if device.startswith("cpu"):
+        return None
+    import torch
+
+    return int(torch.cuda.mem_get_info(int(device.partition(":")[2] or "0"))[0])
+
+
 def over(seconds: float, bound: dict[str, float]) -> float | None:
     most = max(bound.values())
     return seconds / most if most else None
@@ -183,11 +218,12 @@ async def main() -> None:
     args = parser.parse_args()
     end = time.monotonic() + args.seconds
     context = args.n_prompt + args.n_gen
+    free = free_memory(args.device)
     async with Engine.open(
         args.model, dram=args.dram, vram=args.vram or (), device=args.device, context=context,
         ubatch=args.n_prompt, car=CarOptions.parse(args.car), cache_dir=args.model.parent,
     ) as engine:  # fmt: skip
-        await Run(engine, args, end).all()
+        await Run(engine, args, end, free).all()
 
 
 if __name__ == "__main__":

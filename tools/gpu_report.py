@@ -13,6 +13,9 @@ from pathlib import Path
 from typing import Any
 
 Part = dict[str, Any]
+# What is aimed at: kernels of one token, of the rate of copies; a token's time, of its bound.
+KERNEL_SHARE = 0.75
+MOST_HERE, MOST_MISSING = 1.3, 1.15
 
 
 class Report:
@@ -57,7 +60,9 @@ def table(report: Part) -> str:
         _kernel_lines(report),
         _file_lines(report),
         _run_lines(report.get("runs", [])),
+        _memory_lines(report.get("runs", [])),
         _launch_lines(report.get("runs", [])),
+        _target_lines(report),
     ]
     return "\n\n".join("\n".join(lines) for lines in sections if lines)
 
@@ -190,3 +195,44 @@ def _launch_lines(runs: list[Part]) -> list[str]:
         cells = [f"{found[name]:.1f}" for name in (*names, "median gap us")]
         lines.append(f"| {what} | {' | '.join(cells)} |")
     return lines if runs else []
+
+
+def _memory_lines(runs: list[Part]) -> list[str]:
+    lines = []
+    for run in runs:
+        found = run.get("memory", {})
+        if "used_bytes" in found:
+            used, planned = found["used_bytes"] / 2**30, found["planned_bytes"] / 2**30
+            lines.append(
+                f"{run['vram']}, CAR {run['car']}: {used:.2f} GiB of the card's memory are used,"
+                f" {planned:.2f} were planned"
+            )
+    return lines
+
+
+def _target_lines(report: Part) -> list[str]:
+    """What was aimed at, and what it has come to."""
+    lines = []
+    if "limits" in report:
+        copy = report["limits"]["copy_gb_per_second"]
+        shares = {
+            f"{row['kernel']} {row['type']}": row["gb_per_second"] / copy
+            for row in report.get("kernels", [])
+            if "gb_per_second" in row
+        }
+        slow = [f"{name} {share:.0%}" for name, share in shares.items() if share < KERNEL_SHARE]
+        if shares:
+            text = f"not reached by {', '.join(slow)}" if slow else "reached by all"
+            lines.append(f"aim: kernels at {KERNEL_SHARE:.0%} of the copy rate: {text}")
+    for run in report.get("runs", []):
+        found = run.get("generation", {})
+        ratio = found.get("seconds_over_bound")
+        if ratio is None:
+            continue
+        here = found.get("all_on_device", False)
+        most, what = (MOST_HERE, "all experts there") if here else (MOST_MISSING, "with misses")
+        lines.append(
+            f"aim: {run['vram']}, CAR {run['car']}: a token within {most} of its bound ({what}):"
+            f" {ratio:.2f}, {'reached' if ratio <= most else 'not reached'}"
+        )
+    return lines
