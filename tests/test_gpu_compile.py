@@ -23,6 +23,8 @@ LAYERS = (
     "delta solve", "delta chunks", "pick", "stand-ins light", "stand-ins ratio", "stand-ins prior",
     "stand-ins max-rank", "rms_norm", "gated_norm", "activate",
 )  # fmt: skip
+# Which AMD's cards do with some spills: nobody need have a cache of float32.
+NVIDIA = ("rows F32", "tiles F32")
 SHARED_BYTES = 64 * 1024  # what every card has
 OTHERS = (
     "matvec Q5_K", "matvec Q8_0", "matvec IQ4_XS", "matvec MXFP4", "matvec F32", "matvec Q5_0",
@@ -37,6 +39,7 @@ def compilers() -> Iterator[dict[str, subprocess.Popen[str]]]:
     started = {}
     for i, target in enumerate(TARGETS):
         names = (*KERNELS, *LAYERS, *OTHERS[i :: len(TARGETS)])
+        names += NVIDIA if target.startswith("sm_") else ()
         only = [argument for name in names for argument in ("--only", name)]
         started[target] = subprocess.Popen(
             [sys.executable, "-P", "-m", "fomoe.kernels.gpu.compile", target, "--json", *only],

@@ -38,10 +38,14 @@ class Blocks:
     tile_warps: int = 8
 
 
-def blocks_of(arch: str) -> Blocks:
-    """With heads of 256 more keys or rows spill registers, or take more shared memory than the
-    64 KiB that AMD's cards have. RDNA 3 (gfx11) holds the factors of its products twice: what fits
-    elsewhere spills some 330 bytes a thread there."""
+def blocks_of(arch: str, cache_bytes: int) -> Blocks:
+    """For elements of a cache of so many bytes. With heads of 256 more keys or rows spill
+    registers, or take more shared memory than the 64 KiB that AMD's cards have. RDNA 3 (gfx11)
+    holds the factors of its products twice: what fits elsewhere spills some 330 bytes a thread
+    there. Products of float32 are sums of each thread's own: as blocks of float16 they spill 2 to 6
+    KB a thread, as these none, but for AMD's cards, where it is 430 bytes."""
+    if cache_bytes == 4:
+        return Blocks(keys=16, stages=1, row_warps=8, tile_rows=16, tile_warps=16)
     if arch.startswith("gfx11"):
         return Blocks(keys=16, stages=1, tile_warps=16)
     return Blocks()
@@ -256,7 +260,7 @@ def attend(
     width = 2 * dim if spec.gated else dim
     block_d = max(16, triton.next_power_of_2(dim))
     cos, sin = steps.rope(spec.rope_dims, spec.rope_base)
-    blocks = blocks_of(arch_of(str(q.device)))
+    blocks = blocks_of(arch_of(str(q.device)), cache.k.element_size())
     num_blocks = triton.cdiv(spec.heads, BLOCK_H) + 2 * triton.cdiv(spec.kv_heads, BLOCK_H)
     prepare_kernel[(len(q), num_blocks)](
         q, k, v, q_norm, k_norm, cos, sin, t.positions, t.page_starts, t.pages, cache.k, cache.v,

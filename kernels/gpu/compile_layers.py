@@ -5,6 +5,7 @@ Owns: the list. Does not know: how they are compiled, what is read from the resu
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from fomoe.kernels.gpu import attention, car, delta, norm, route, shared
@@ -53,7 +54,17 @@ def _norms() -> list[Kernel]:
 
 
 def _attention(arch: str) -> list[Kernel]:
-    blocks = attention.blocks_of(arch)
+    """With keys and values of float16; and those that multiply them, of float32."""
+    wide = []
+    for k in _attention_of(arch, 4):
+        if k.name in ("rows", "tiles"):
+            types = {n: "*fp32" if t == "*fp16" else t for n, t in k.arguments.items()}
+            wide.append(replace(k, name=f"{k.name} F32", arguments=types))
+    return [*_attention_of(arch, 2), *wide]
+
+
+def _attention_of(arch: str, cache_bytes: int) -> list[Kernel]:
+    blocks = attention.blocks_of(arch, cache_bytes)
     caches, steps = "k_cache v_cache", "positions page_starts pages"
     head = dict(KV_HEADS=KV_HEADS, D=HEAD_DIM, Q_WIDTH=2 * HEAD_DIM, BLOCK_D=HEAD_DIM)
     rest = dict(GROUP=HEADS // KV_HEADS, BLOCK_N=blocks.keys)
