@@ -32,7 +32,7 @@ from fomoe.io.reader import Reader
 from fomoe.kernels.cpu import CpuOps
 from fomoe.kernels.device import Device, DeviceOps
 from fomoe.kernels.open_device import open_device
-from fomoe.kernels.ops import Tensor
+from fomoe.kernels.ops import SHORT_STEP, Tensor
 from fomoe.measure import measure_costs
 from fomoe.memory import prepare, reached
 from fomoe.models import HEAD_ROWS, HyperParameters, LayerParameters, Model
@@ -133,6 +133,8 @@ class Fleet:
             ("KV cache", kv_bytes(own, options.context, options.cache_type)),
             ("recurrent state", recurrent_bytes(own) * states),
             ("workspace", workspace),
+            # Steps of each number of sequences have their own.
+            ("graphs", device.recorded_bytes * len(own) * min(options.parallel, SHORT_STEP)),
         ]
         needs = {
             p.index: LayerNeed(

@@ -150,6 +150,7 @@ class Device(Protocol):
 
     name: str
     shares_memory: bool  # its kernels can read host memory as fast as their own
+    recorded_bytes: int  # of its memory that a layer's recorded work takes (DeviceOps.fixed_part)
     poll_ns: int  # for so long asking an event again and again is quicker than being called back
 
     @property

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import mmap
 import os
 from collections import deque
@@ -27,8 +28,10 @@ import torch
 
 from fomoe.kernels.device import DEVICE_ALIGNMENT, DeviceOps, Event
 from fomoe.kernels.device_runtime import Runtime
+from fomoe.kernels.gpu.recorded import lacks_graphs
 
 Work = Callable[[], object]
+_log = logging.getLogger(__name__)
 
 
 class CudaEvent:
@@ -87,6 +90,9 @@ class CudaDevice:
     for tests without one."""
 
     shares_memory = False
+    # Of two graphs, one with stand-ins and one without, some 25 kernels each, and the next layer's
+    # router: a guess at what drivers keep of them (8 KiB a kernel), which gpu_check tests.
+    recorded_bytes = 512 << 10
     # Being called back goes through the driver's thread, the eventfd and the loop: it may well take
     # as long as the experts of a layer of a token, and those are what the next layer's launch has.
     poll_ns = 1_000_000
@@ -99,6 +105,10 @@ class CudaDevice:
         self._place = torch.device("cuda", index) if place is None else place
         self._runtime = runtime or Runtime("hip" if torch.version.hip else "cuda")
         torch.cuda.set_device(index)
+        lacking = lacks_graphs()
+        if lacking:
+            _log.warning("%s: %s: kernels are launched one by one, which is slower", name, lacking)
+        self._external = lacking is None
         # Kernels go before copies where both want the same unit; they are what the host waits for.
         self.compute = CudaStream(index, self._place, self._runtime, -1)
         self.uploads = CudaStream(index, self._place, self._runtime, 0)
@@ -162,7 +172,7 @@ class CudaDevice:
     def mark(self, key: Hashable) -> CudaEvent:
         found = self._marks.get(key)
         if found is None:
-            event = torch.cuda.Event(external=True)
+            event = torch.cuda.Event(external=True) if self._external else torch.cuda.Event()
             found = self._marks[key] = CudaEvent(event, self.compute)
         return found
 

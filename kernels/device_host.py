@@ -130,6 +130,7 @@ class HostDevice:
     ) -> None:
         self.name = name
         self.shares_memory = shares_memory
+        self.recorded_bytes = 0
         self.poll_ns = 0  # it would take the processor from the streams
         self._marks: set[HostEvent] = set()  # not reached yet
         self.compute = HostStream(f"fomoe-{name}-compute", pause, self._reach_all)

@@ -121,3 +121,17 @@ def test_what_is_missing_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)
     with pytest.raises(UnsupportedError, match="there is no triton: tools/setup gpu"):
         open_device("cuda")
+
+
+@pytest.mark.parametrize(("hip", "external"), [("6.4.43482", False), ("7.1.0", True), (None, True)])
+def test_what_graphs_need_is_looked_for_once(cuda, monkeypatch, caplog, hip, external):
+    monkeypatch.setattr(torch.version, "hip", hip)
+
+    async def main(device):
+        return device.mark(1).event.external
+
+    assert with_device(cuda, main) == external
+    lines = [record.message for record in caplog.records]
+    assert len(lines) == (not external)
+    if lines:
+        assert "ROCm 6.4.43482 has no external events, 7.0 has: kernels are launched" in lines[0]

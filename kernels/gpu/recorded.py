@@ -3,8 +3,8 @@
 Owns: the graphs. Does not know: what is launched.
 
 An event that is recorded in a graph has to be an external one (torch.cuda.Event(external=True)):
-every launch of the graph then records it anew, at its place in the middle. ROCm has those since
-7.0.
+every launch of the graph then records it anew, at its place in the middle. Where those are not to
+be had nothing is recorded.
 """
 
 from __future__ import annotations
@@ -17,8 +17,19 @@ import torch
 R = TypeVar("R")
 
 
+def lacks_graphs() -> str | None:
+    """What this torch lacks for recording, as a reason; None where it has all."""
+    if torch.version.hip and int(torch.version.hip.split(".")[0]) < 7:
+        return f"ROCm {torch.version.hip} has no external events, 7.0 has"
+    try:
+        torch.cuda.Event(external=True)
+    except TypeError:
+        return f"torch {torch.__version__} has no external events"
+    return None
+
+
 def has_graphs(device: Any) -> bool:
-    return bool(device.type == "cuda")
+    return bool(device.type == "cuda") and lacks_graphs() is None
 
 
 class Recorded(Generic[R]):
