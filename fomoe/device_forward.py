@@ -182,14 +182,17 @@ class DeviceForward(Forward):
         caches: Sequence[KvCache | None],
         segments: Sequence[Segment],
         audit: bool,
-    ) -> Turn | None:
+    ) -> Turn:
         """Queue layers that follow one another on a device, whose last sum is left to what comes
-        next. Several are such whose experts are all there; of one that may miss some, its turn."""
+        next. Several are such whose experts are all there. The turn of the last."""
         indices = [layer.parameters.index for layer in layers]
         place, x = self._places[indices[0]], self._places[indices[0]].x(self._tokens)
         self._move(place)
-        turns = [Turn(place, layer, x, self._tokens) for layer in layers]
+        peeks = len(layers) == 1 and self._asks(indices[0], audit)
+        turns = [Turn(place, layer, x, self._tokens, peeks=peeks) for layer in layers]
         self._turns += turns
+        if peeks:
+            place.await_peek()
         for index in indices:
             place.tier.begin(index)
         passes = self._inline and place.tier.holds_all(indices[0])
@@ -199,11 +202,17 @@ class DeviceForward(Forward):
         before, self._unfinished = self._unfinished, None
         options = {"substitutes": substitutes, "helped": not passes}
         place.device.compute.call(partial(do_begin, turns, segments, caches, before, **options))
-        if not passes:
-            return turns[0]
-        for turn in turns:
-            self._pass(turn, None, audit)
-        return None
+        if passes:
+            for turn in turns:
+                self._pass(turn, None, audit)
+        return turns[-1]
+
+    def _asks(self, index: int, audit: bool) -> bool:
+        """Whether the router of the layer after this one is asked ahead of its turn."""
+        layers = self._model.layers
+        if audit or not self._read_ahead or index + 1 == len(layers):
+            return False
+        return self._lookahead.asks(layers[index + 1])
 
     def _pass(self, turn: Turn, routing: Routing | None, audit: bool) -> None:
         """A layer's turn is over, and nothing was missing."""
@@ -224,13 +233,13 @@ class DeviceForward(Forward):
         place = self._places[index]
         begin = time.perf_counter_ns()
         turn = self._begin_turns([layer], [cache], segments, audit)
+        passed = turn is self._unfinished
         # Whose events come first must be asked for first.
-        signal = Signal(place.device, turn.heard) if turn and not self._inline else None
-        below = self._model.layers[index + 1] if index + 1 < len(self._model.layers) else None
-        if below and self._read_ahead and not audit:
-            self._lookahead.ask(below, place, self._tokens, segments)
+        signal = None if passed or self._inline else Signal(place.device, turn.heard)
+        if turn.taken is not None:
+            self._lookahead.ask(self._model.layers[index + 1], turn, segments)
         await self._passed.note(heard=True)
-        if turn is None:
+        if passed:
             return
         await (signal.reached() if signal else soon(place.device, turn.heard))
         self._tiered.note_heard(index, time.perf_counter_ns() - begin)

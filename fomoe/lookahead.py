@@ -15,10 +15,11 @@ import numpy as np
 from fomoe.chunks import distinct
 from fomoe.experts.step import ExpertStep
 from fomoe.experts.tiered import TieredStore
-from fomoe.kernels.ops import Routing, Segment
+from fomoe.kernels.ops import SHORT_STEP, Routing, Segment
 from fomoe.models import Layer
 from fomoe.places import Place
 from fomoe.residency import Residency
+from fomoe.turn import Turn
 
 
 class Lookahead:
@@ -35,20 +36,31 @@ class Lookahead:
         """The layer's own picks are known."""
         self._guesses.pop(index, None)
 
-    def ask(self, layer: Layer, at: Place, tokens: int, segments: Sequence[Segment]) -> None:
-        """Queue the next layer's router, on that layer's device, for the residual stream `at` as it
-        is before this layer's experts: what it says arrives while those are being computed."""
+    def asks(self, layer: Layer) -> bool:
+        """Whether it is worth asking the layer's router ahead of its turn."""
         index = layer.parameters.index
-        place = self._places[index]
-        if place.tier.holds_all(index):
-            return
-        x = place.x(tokens)
+        return not self._places[index].tier.holds_all(index)
+
+    def ask(self, layer: Layer, turn: Turn, segments: Sequence[Segment]) -> None:
+        """Queue the next layer's router, on that layer's device, for the residual stream that was
+        `turn.taken` before this layer's experts: what it says arrives while those are being
+        computed. That of a few tokens runs beside them, too."""
+        place, at, tokens = self._places[layer.parameters.index], turn.place, turn.tokens
+        device, ready = place.device, turn.taken
+        assert ready is not None, "nothing was taken for who asks"
         if place is not at:
-            place.bring_peek(at, tokens)
-            x = place.peek(tokens)
-        guess = self._guesses[index] = _Guess(layer, x)
-        place.device.compute.call(partial(guess.do_route, place, segments))
-        place.device.when(place.device.compute.record(), partial(self._heard, guess))
+            place.bring_peek(at, tokens, ready)
+            ready = device.compute.record()
+        stream = device.aside if tokens <= SHORT_STEP else device.compute
+        if stream is not device.compute:
+            stream.wait(ready)
+        guess = _Guess(layer, place.peek(tokens))
+        self._guesses[guess.index] = guess
+        stream.call(partial(guess.do_route, place, segments))
+        told = stream.record()
+        for reader in (at, place):
+            reader.peeked(told)
+        device.when(told, partial(self._heard, guess))
 
     def _heard(self, guess: _Guess) -> None:
         """The next layer's router has said what it would pick."""

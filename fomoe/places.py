@@ -13,7 +13,7 @@ from fomoe.experts.device_offer import DeviceOffer
 from fomoe.experts.device_tier import DeviceTier
 from fomoe.experts.placement import Costs, LayerPlacement, Side
 from fomoe.host_experts import HostExperts
-from fomoe.kernels.device import Device, DeviceOps
+from fomoe.kernels.device import Device, DeviceOps, Event
 from fomoe.kernels.ops import A
 
 
@@ -41,6 +41,7 @@ class Place:
         self._row_bytes = 4 * hidden
         self._x = ops.buffer(max_tokens, hidden)
         self._peek = ops.buffer(max_tokens, hidden)
+        self._peek_read: Event | None = None  # after which nothing reads it
         self.partial: A = ops.buffer(max_tokens, hidden) if helper else None
         self._views: dict[int, Any] = {}
         self._costs, self._pinned, self.fixed = costs, pinned, fixed
@@ -59,22 +60,29 @@ class Place:
         self.x(tokens)
         return self._views[tokens][1]
 
+    def await_peek(self) -> None:
+        """What is queued from here on may write to `peek`."""
+        if self._peek_read is not None and not self._peek_read.done():
+            self.device.compute.wait(self._peek_read)
+        self._peek_read = None
+
+    def peeked(self, event: Event) -> None:
+        """Nothing reads `peek` after the event."""
+        self._peek_read = event
+
     def bring(self, source: Place, tokens: int) -> None:
         """The residual stream hops here, once the other device has done what it was given."""
         if source is not self:
-            self._copy(self._x, source, source._x, tokens)
+            self._copy(self._x, source, source._x, tokens, source.device.compute.record())
 
-    def bring_peek(self, source: Place, tokens: int) -> None:
-        """A copy of the other device's residual stream, as it is when what is queued has been done,
-        whatever comes after."""
-        nbytes, address = tokens * self._row_bytes, source.device.address
-        source.device.compute.copy(address(source._peek), address(source._x), nbytes)
-        if source is not self:
-            self._copy(self._peek, source, source._peek, tokens)
+    def bring_peek(self, source: Place, tokens: int, after: Event) -> None:
+        """The other device's `peek`, as it is after an event there, becomes this one's."""
+        self.await_peek()
+        self._copy(self._peek, source, source._peek, tokens, after)
 
-    def _copy(self, target: Any, source: Place, array: Any, tokens: int) -> None:
+    def _copy(self, target: Any, source: Place, array: Any, tokens: int, after: Event) -> None:
         compute = self.device.compute
-        compute.wait(source.device.compute.record())
+        compute.wait(after)
         nbytes = tokens * self._row_bytes
         compute.copy(self.device.address(target), source.device.address(array), nbytes)
 

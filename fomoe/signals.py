@@ -55,7 +55,7 @@ async def soon(device: Device, event: Event) -> None:
 async def drain(devices: Sequence[Device]) -> None:
     """All that these devices were given has been done, and who asked for it has been told. Raises
     what went wrong on one."""
-    streams = [(d, stream) for d in devices for stream in (d.uploads, d.compute, d.downloads)]
+    streams = [(d, s) for d in devices for s in (d.uploads, d.aside, d.compute, d.downloads)]
     signals = [Signal(device, stream.record()) for device, stream in streams]
     for signal in signals:
         await signal.told()

@@ -23,12 +23,16 @@ from fomoe.places import Place
 class Turn:
     """Methods named `do_` are work for the device's stream; the others are the event loop's."""
 
-    def __init__(self, place: Place, layer: Layer, x: Any, tokens: int) -> None:
+    def __init__(
+        self, place: Place, layer: Layer, x: Any, tokens: int, *, peeks: bool = False
+    ) -> None:
         self.place = place
         self.index = layer.parameters.index
         self.step: ExpertStep | None = None
         self.routing: Routing | None = None
         self.heard = place.device.mark(self.index)  # the routing is on the host
+        # Place.peek is the residual stream as it is before the experts.
+        self.taken = place.device.mark((self.index, "taken")) if peeks else None
         self._layer = layer
         self._x = x
         self.tokens = tokens
@@ -50,8 +54,9 @@ class Turn:
         helped: bool,
     ) -> tuple[Routing, DeviceMoeCall]:
         """All that the host has no part in: the sum of the layer `before` if that was left to this
-        one, the mixer, the router, stand-ins; then, once the host can hear of those, the shared
-        expert and the picks that the device holds. `helped`: the processor may be given some."""
+        one, the mixer, the router, stand-ins; then, once the host can hear of those and the next
+        layer's router can be asked, the shared expert and the picks that the device holds.
+        `helped`: the processor may be given some."""
         place = self.place
         stand_ins = place.offers[self.index].stand_ins if substitutes else None
         self._launched = True
@@ -62,6 +67,9 @@ class Turn:
         if place.helper and helped:
             place.device.move(place.helper.h[: self.tokens], routing.h)
         place.device.reach(self.heard)
+        if self.taken is not None:
+            place.device.assign(place.peek(self.tokens), self._x)
+            place.device.reach(self.taken)
         self._call = call = cast(DeviceMoeCall, self._layer.experts(routing))
         table = place.tier.table(self.index)
         if table is not None:
@@ -170,7 +178,8 @@ def do_begin(
             last = turn
         return made
 
-    key = turns[0].index, len(turns), before is not None, substitutes, helped
+    peeks = turns[-1].taken is not None
+    key = turns[0].index, len(turns), before is not None, substitutes, helped, peeks
     found = turns[0].place.ops.fixed_part(key, segments, launch)
     for turn, one in zip(turns, found, strict=True):
         turn.launched(*one)

@@ -158,6 +158,11 @@ class Device(Protocol):
         """For kernels, and small copies that they wait for."""
 
     @property
+    def aside(self) -> Stream:
+        """For short kernels that no others wait for, beside those of `compute`: only fixed parts
+        that are `aside` (DeviceOps.fixed_part). It may be `compute` itself."""
+
+    @property
     def uploads(self) -> Stream:
         """For copies from host memory, beside the kernels."""
 

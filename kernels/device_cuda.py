@@ -1,6 +1,6 @@
 """A CUDA or HIP device: torch's streams, events and memory, the runtime's copies.
 
-Owns: the three streams, what is allocated and pinned, and waking the event loop. Does not know:
+Owns: the four streams, what is allocated and pinned, and waking the event loop. Does not know:
 models, experts, kernels beyond making their Ops. Imported where such a device is asked for only.
 
 The event loop hears of events by an eventfd. What writes to it is a host function on streams of
@@ -111,6 +111,7 @@ class CudaDevice:
         self._external = lacking is None
         # Kernels go before copies where both want the same unit; they are what the host waits for.
         self.compute = CudaStream(index, self._place, self._runtime, -1)
+        self.aside = CudaStream(index, self._place, self._runtime, 0)
         self.uploads = CudaStream(index, self._place, self._runtime, 0)
         self.downloads = CudaStream(index, self._place, self._runtime, 0)
         self._kept: dict[int, Any] = {}
@@ -200,7 +201,7 @@ class CudaDevice:
 
     def _woken(self) -> None:
         os.eventfd_read(self._fd)
-        for stream in (self.compute, self.uploads, self.downloads):
+        for stream in (self.compute, self.aside, self.uploads, self.downloads):
             for callback in stream.due():
                 callback()
 

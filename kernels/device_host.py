@@ -134,6 +134,7 @@ class HostDevice:
         self.poll_ns = 0  # it would take the processor from the streams
         self._marks: set[HostEvent] = set()  # not reached yet
         self.compute = HostStream(f"fomoe-{name}-compute", pause, self._reach_all)
+        self.aside = self.compute  # its operations are one thread's
         self.uploads = HostStream(f"fomoe-{name}-uploads", pause)
         self.downloads = HostStream(f"fomoe-{name}-downloads", pause)
         self._streams = self.compute, self.uploads, self.downloads

@@ -133,6 +133,29 @@ def test_a_token_without_misses_is_one_graph(model, cuda, monkeypatch, devices):
         assert names[end:] == ["combine_kernel", "rms_norm_kernel", "matvec_kernel", "aten::copy_"]
 
 
+def test_the_next_layers_router_is_asked_beside_the_experts(model, cuda, monkeypatch):
+    path = model(layers=3, recurrent_layers=(True, False, True), experts=16, top_k=4)
+    monkeypatch.setattr("fomoe.kernels.gpu.ops.matvec", products)
+    monkeypatch.setattr("fomoe.loading._LEAST_USE", 0.0)
+
+    async def main():
+        with graphs(monkeypatch, DECIDE):
+            async with Engine.open(path, **OPTIONS) as engine:
+                await feed(engine, IDS)
+                place = engine.loaded.places[0]
+                return place.device, place._peek_read
+
+    device, read = run(main())
+    compute, aside = device.compute.stream, device.aside.stream
+    taken = [mark.event for key, mark in device._marks.items() if isinstance(key, tuple)]
+    assert len(taken) == 2  # the last layer has none after it
+    # It reads a copy that was made before the experts, and the next copy waits for it.
+    assert set(aside.waited) == set(taken)
+    assert len(aside.waited) > len(IDS)
+    assert all(event.stream is compute for event in taken)
+    assert read.event.stream is aside
+
+
 def test_a_prompts_layers_share_memory(model, cuda, monkeypatch):
     """Else a step of 512 tokens of a large model would hold seven gigabytes that nobody planned."""
     path = model(layers=4, recurrent_layers=(True, False) * 2)
