@@ -55,6 +55,7 @@ R = TypeVar("R")
 # cost: two waves of the multiprocessors of the card.
 _WAVES = 2
 _MAX_SPLITS = 64
+_BLAS_BYTES = 32 << 20  # of torch's own, for products of float32; as much as it takes anywhere
 _MAX_SEGMENTS = 8  # of a step: scratch is planned for so many long ones
 
 
@@ -130,7 +131,8 @@ class GpuOps(UnfusedMixers):
         routed, experts = _fixed_floats(moe, shared_ff)
         floats = self._scratch_floats(widths, attention, delta) + 2 * routed + experts
         # Two routings may be alive, and torch rounds blocks up.
-        return 4 * floats + 6 * max(held, default=0)
+        blas = _BLAS_BYTES if self.device.type == "cuda" else 0
+        return 4 * floats + 6 * max(held, default=0) + blas
 
     def reserve(
         self,
