@@ -24,6 +24,9 @@ class FakeStream:
     def wait_event(self, event: Any) -> None:
         self.waited.append(event)
 
+    def wait_stream(self, stream: Any) -> None:
+        """What that one was given is done at once."""
+
 
 class FakeEvent:
     def __init__(self, external: bool = False) -> None:
@@ -99,6 +102,7 @@ def install(monkeypatch: Any) -> None:
         "Stream": FakeStream,
         "Event": FakeEvent,
         "stream": lambda stream: contextlib.nullcontext(),
+        "current_stream": FakeStream,
         "set_device": lambda index: None,
         "mem_get_info": lambda index: (1 << 30, 2 << 30),
         "empty_cache": lambda: None,

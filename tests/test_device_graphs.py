@@ -2,6 +2,7 @@
 missing, and the same numbers as without graphs in any case."""
 
 import asyncio
+import contextlib
 import weakref
 from dataclasses import replace
 from itertools import pairwise
@@ -22,6 +23,7 @@ from fomoe.experts.car_options import CarOptions  # noqa: E402
 from fomoe.experts.placement import Costs  # noqa: E402
 from fomoe.kernels.device_cuda import CudaDevice  # noqa: E402
 from fomoe.kernels.device_runtime import Runtime  # noqa: E402
+from fomoe.kernels.gpu.fixed import Beside  # noqa: E402
 from fomoe.kernels.gpu.moe_call import GpuMoeCall  # noqa: E402
 from fomoe.residency import Residency  # noqa: E402
 
@@ -131,6 +133,41 @@ def test_a_token_without_misses_is_one_graph(model, cuda, monkeypatch, devices):
             layers = [n for n in names[:end] if n not in tables]
             assert layers == ["graph", "combine_kernel", "graph", "combine_kernel", "graph"]
         assert names[end:] == ["combine_kernel", "rms_norm_kernel", "matvec_kernel", "aten::copy_"]
+
+
+def test_the_shared_expert_runs_beside_the_others(model, cuda, monkeypatch):
+    """And what comes after both waits for it, also where it is a recording's last."""
+    path = model(top_k=4)
+    monkeypatch.setattr("fomoe.kernels.gpu.fixed.forks", lambda device: True)
+    fork, join = Beside.fork, Beside.join
+
+    async def main():
+        with graphs(monkeypatch, DECIDE) as log:
+
+            @contextlib.contextmanager
+            def forked(self):
+                with fork(self):
+                    log.names.append("(")
+                    yield
+                    log.names.append(")")
+
+            def joined(self):
+                log.names.extend(["join"] * self._forked)
+                join(self)
+
+            monkeypatch.setattr(Beside, "fork", forked)
+            monkeypatch.setattr(Beside, "join", joined)
+            async with Engine.open(path, **OPTIONS) as engine:
+                await feed(engine, IDS[:1])
+                return log.names
+
+    names = run(main())
+    shared = ["matvec_kernel", "matvec_kernel", "activate_kernel", "matvec_kernel"]
+    layer = ["(", *shared, ")", "gate_up_kernel", "down_kernel", "join"]
+    found = [i for i, name in enumerate(names) if name == "("]
+    assert len(found) == TOY.layers
+    assert all(names[i : i + len(layer)] == layer for i in found)
+    assert names.count("join") == TOY.layers
 
 
 def test_the_next_layers_router_is_asked_beside_the_experts(model, cuda, monkeypatch):

@@ -7,11 +7,13 @@ from, slots, streams.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 
 from fomoe.kernels.gpu import moe
+from fomoe.kernels.gpu.fixed import Beside
 from fomoe.kernels.gpu.matmul import group, grouped_down, grouped_gate_up
 from fomoe.kernels.gpu.matvec import MAX_TOKENS as MATVEC_TOKENS
 from fomoe.kernels.gpu.routing import GpuRouting, to_device
@@ -29,7 +31,8 @@ def moe_sizes(spec: MoeSpec, shared: SharedExpert | None, tokens: int) -> list[i
 class GpuMoeCall:
     """fomoe.kernels.device.DeviceMoeCall. Addresses are of device memory, 16-byte aligned, and stay
     valid until what is queued here has run. `memory`: float32 of moe_sizes(), its own until the
-    sum. Picks that nobody gave an expert for add nothing."""
+    sum. `side`: where the shared expert may run. Picks that nobody gave an expert for add
+    nothing."""
 
     def __init__(
         self,
@@ -38,6 +41,7 @@ class GpuMoeCall:
         shared: SharedExpert | None,
         multiply: Multiply,
         memory: Sequence[Any],
+        side: Beside | None = None,
     ) -> None:
         self._spec, self._h = spec, routing.h
         self._ids, self._weights = routing.device_ids, routing.device_weights
@@ -47,8 +51,12 @@ class GpuMoeCall:
         long = len(self._h) > MATVEC_TOKENS
         self._groups = group(self._ids, spec.num_experts) if long else None
         self._shared: tuple[Any, Any] = (None, None)
+        self._side = side
         if shared is not None:
-            self._shared = shared_expert(self._h, shared, multiply, memory[2:])
+            # Four short kernels, each of which waits for the one before: beside those of the routed
+            # experts, which keep the memory busy.
+            with side.fork() if side else nullcontext():
+                self._shared = shared_expert(self._h, shared, multiply, memory[2:])
 
     def run_table(self, table: Any) -> None:
         """Compute the picks whose expert is in `table` (int64 [experts, 3]), as it is then."""
@@ -70,6 +78,8 @@ class GpuMoeCall:
         self.run_table(to_device(table, self._h.device))
 
     def finish(self, x: Any) -> None:
+        if self._side:
+            self._side.join()
         moe.combine(x, self._out, self._weights, *self._shared)
 
     finish_some = finish

@@ -297,7 +297,7 @@ class GpuOps(UnfusedMixers):
     def moe(self, spec: MoeSpec, routing: Routing, shared: SharedExpert | None) -> GpuMoeCall:
         assert isinstance(routing, GpuRouting)
         memory = self._fixed.take(self._fixed.experts, moe_sizes(spec, shared, len(routing.h)))
-        return GpuMoeCall(spec, routing, shared, self._multiply, memory)
+        return GpuMoeCall(spec, routing, shared, self._multiply, memory, self._fixed.side)
 
     def layer(self, parts: LayerParts) -> UnfusedLayer:
         return UnfusedLayer(self, parts)
