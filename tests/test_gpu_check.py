@@ -150,13 +150,31 @@ class Recorded(Processes):
         return ""
 
 
-def planned(tmp_path: Path, **changes: Any) -> Any:
-    """A check of a card with 20 GiB free, and what it would run of a model of 1 MB."""
+def tool() -> Any:
+    """tools/gpu_check as a module."""
     loader = SourceFileLoader("gpu_check", str(TOOL))
     spec = spec_from_loader("gpu_check", loader)
     assert spec
     module = module_from_spec(spec)
     loader.exec_module(module)
+    return module
+
+
+def test_what_is_no_number_is_no_success() -> None:
+    module, text = (
+        tool(),
+        "mean KL divergence = {} nats\nPPL ratio = 1.001\nsame first choice = 99 %",
+    )
+    assert module.figures(text.format("0.0001"))["verdict"] == "as it should be"
+    for kl in ("0.02", "nan", "inf"):
+        assert module.figures(text.format(kl))["verdict"].startswith("more than 0.01 nats")
+    with pytest.raises(PartError, match="no figures in: mean"):
+        module.figures("mean")
+
+
+def planned(tmp_path: Path, **changes: Any) -> Any:
+    """A check of a card with 20 GiB free, and what it would run of a model of 1 MB."""
+    module = tool()
     arguments = {
         "dry_run": False, "minutes": 10, "out": tmp_path / "report.json", "vram": "24GiB,16GiB",
         "dram": None,
