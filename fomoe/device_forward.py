@@ -150,10 +150,18 @@ class DeviceForward(Forward):
         return all(tier.holds_all(i) for i in range(len(self._places)))
 
     async def _logits(self, x: Any, rows: list[int]) -> npt.NDArray[np.float32]:
-        device, host = self._at.device, self._head_rows[: len(rows)]
+        place, host = self._at, self._head_rows[: len(rows)]
+        device, peek = place.device, place.peek(len(x))
+        place.await_peek()
 
         def work() -> None:
-            picked = x if len(rows) == len(x) else x[rows]
+            first, count = rows[0], len(rows)
+            picked = x[first : first + count]
+            if rows[-1] - first >= count:
+                # One by one: an index would come from the host, and a GPU's stream wait for it.
+                picked = peek[:count]
+                for i, row in enumerate(rows):
+                    device.assign(picked[i : i + 1], x[row : row + 1])
             device.move(host, self._model.head(picked))
 
         device.compute.call(work)
