@@ -37,6 +37,7 @@ def test_dry_run(tmp_path: Path) -> None:
     assert report["tests"] == {"passed": 1, "failed": []}
     kernels = [k["kernel"] for k in report["kernels"]]
     assert kernels == ["matvec", "moe, one token", "moe, prompt"]
+    assert len(report["engine"]) == 4
     assert all(found["kl"] < 1e-3 for found in report["engine"].values())
     assert [run["car"] for run in report["runs"]] == ["off", "on"]
     for run in report["runs"]:
