@@ -389,9 +389,7 @@ def test_landings_may_be_taken_without_the_event_loop(tmp_path: Path, way: tuple
     run(check())
 
 
-def test_what_waits_is_sent_when_something_has_landed(
-    tmp_path: Path, way: tuple[Any, Any]
-) -> None:
+def test_what_waits_is_sent_when_something_has_landed(tmp_path: Path, way: tuple[Any, Any]) -> None:
     data = write_bytes(tmp_path / "a", 4 << 20)
 
     async def check() -> None:
