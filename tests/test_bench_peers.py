@@ -64,13 +64,15 @@ def test_a_test_that_is_repeated_has_a_line_of_its_own(tmp_path: Path) -> None:
         rows = [{"n_prompt": 256, "n_gen": 0, "avg_ts": rate} for rate in rates]
         if program is ours:
             rows[1]["read_gb_per_second"] = 0.8
+            rows[0]["memory_gb_per_second"] = 33.2
         program.with_suffix(".py").write_text(f"print({json.dumps(rows)!r})")
     done = run("--fomoe", str(ours), "--peer", f"peer={peer}", "--rounds", "1")
     lines = done.stdout.splitlines()
-    assert lines[-4].startswith("| pp256 | 12.00 ")
-    assert lines[-4].endswith("| 1.50 |")
-    assert lines[-3].startswith("| pp256 again | 30.00 ")
-    assert lines[-1] == "fomoe read, GB/s: pp256 again 0.80"
+    assert lines[-5].startswith("| pp256 | 12.00 ")
+    assert lines[-5].endswith("| 1.50 |")
+    assert lines[-4].startswith("| pp256 again | 30.00 ")
+    assert lines[-2] == "fomoe read, GB/s: pp256 again 0.80"
+    assert lines[-1] == "memory before each of its runs, GB/s: 33"
 
 
 @pytest.mark.parametrize("missing", [False, True])
