@@ -27,9 +27,9 @@ class ExpertStep:
     in any case. Made by ExpertStore.begin."""
 
     __slots__ = (
-        "_arrived", "_begin_ns", "_block", "_error", "_landed_ns", "_late", "_ledger", "_on_closed",
-        "_on_computed", "_ordered", "_resident", "_started", "_urgent", "_waker", "fresh", "layer", "lost",
-        "passing", "pending", "start", "sweeping", "waiting", "wanted",
+        "_arrived", "_begin_ns", "_block", "_error", "_landed_ns", "_late", "_ledger",
+        "_on_closed", "_on_computed", "_ordered", "_resident", "_started", "_urgent", "_waker",
+        "fresh", "layer", "lost", "passing", "pending", "start", "sweeping", "waiting", "wanted",
     )  # fmt: skip
 
     def __init__(

@@ -40,8 +40,8 @@ Backends = Ops | Sequence[Ops]
 HEAD_ROWS = 32
 
 _ALIGNMENT = 16  # floats: pieces of the scratch start at cache lines
-# Floats left free after every row: rows a power of two apart share few sets of a cache, and products
-# of many tokens take a fifth longer.
+# Floats left free after every row: rows a power of two apart share few sets of a cache, and
+# products of many tokens take a fifth longer.
 _ROW_GAP = 16
 
 
