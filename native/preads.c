@@ -61,7 +61,8 @@ static void *reader_thread(void *arg)
 static int preads_issue(fomoe_reader *r)
 {
     pthread_mutex_lock(&r->lock);
-    pthread_cond_broadcast(&of(r)->work);
+    if (r->again || r->waiting[FOMOE_DEMAND].head || r->waiting[FOMOE_BACKGROUND].head)
+        pthread_cond_broadcast(&of(r)->work);
     pthread_mutex_unlock(&r->lock);
     return 0;
 }
