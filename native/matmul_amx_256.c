@@ -57,12 +57,14 @@ TILE_INLINE void multiply_split(const split256 *w, const int8_t *q, size_t strid
 }
 
 TILE_INLINE void multiply_tokens(const tile_block *w, tile_kind kind, const block_act *a, int tokens, int b,
-                                 vecf *acc)
+                                 vecf *acc, tile_ahead ahead)
 {
     __m512i sums[4][AMX_TOKENS];
     split256 split;
     split_products(w, kind.sub, &split);
+    int groups = (tokens + AMX_TOKENS - 1) / AMX_TOKENS;
     for (int g = 0; g < tokens; g += AMX_TOKENS) {
+        fetch_share(ahead, g / AMX_TOKENS, groups);
         multiply_split(&split, a[g].q + 256 * b, (size_t)(a[1].q - a[0].q), sums);
         for (int t = g; t < tokens && t < g + AMX_TOKENS; t++) {
             __m512i low = _mm512_add_epi32(sums[0][t - g], sums[2][t - g]);

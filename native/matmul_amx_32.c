@@ -7,11 +7,13 @@
 #include "tile_32.h"
 
 TILE_INLINE void multiply_tokens(const tile_block *w, tile_kind kind, const block_act *a, int tokens, int b,
-                                 vecf *acc)
+                                 vecf *acc, tile_ahead ahead)
 {
     __m512i sums[AMX_TOKENS];
     size_t stride = (size_t)(a[1].q - a[0].q);
+    int groups = (tokens + AMX_TOKENS - 1) / AMX_TOKENS;
     for (int g = 0; g < tokens; g += AMX_TOKENS) {
+        fetch_share(ahead, g / AMX_TOKENS, groups);
         _tile_zero(0);
         _tile_loadd(4, a[g].q + 32 * b, stride);
         _tile_loadd(6, w->code, 64);

@@ -8,7 +8,7 @@
 #include "tile_groups.h"
 
 TILE_INLINE void multiply_tile(const tile_block *w, tile_kind kind, const block_act *a, int tokens, int b,
-                               vecf *acc)
+                               vecf *acc, tile_ahead ahead)
 {
     __m256i total[TILE_MOST];
     const int8_t *q[TILE_MOST];
@@ -16,9 +16,11 @@ TILE_INLINE void multiply_tile(const tile_block *w, tile_kind kind, const block_
         total[t] = v_zero();
         q[t] = a[t].q + 256 * b;
     }
-    for (int j = 0; j < 256 / kind.sub; j++)
+    for (int j = 0; j < 256 / kind.sub; j++) {
         multiply_chains(w->code + j * (kind.sub / 4), kind.sub / 4, kind.chain, kind.signed_codes,
                         w->scale[j], q, kind.sub * j, tokens, total);
+        fetch_share(ahead, j, 256 / kind.sub);
+    }
     for (int t = 0; t < tokens; t++)
         acc[t] = multiply_block(w, kind, &a[t], b, total[t], acc[t]);
 }

@@ -8,7 +8,7 @@
 #include "tile_groups.h"
 
 TILE_INLINE void multiply_tile(const tile_block *w, tile_kind kind, const block_act *a, int tokens, int b,
-                               vecf *acc)
+                               vecf *acc, tile_ahead ahead)
 {
     __m256i total[TILE_MOST];
     const int8_t *q[TILE_MOST];
@@ -17,6 +17,7 @@ TILE_INLINE void multiply_tile(const tile_block *w, tile_kind kind, const block_
         q[t] = a[t].q + 32 * b;
     }
     multiply_chains(w->code, 8, kind.chain, kind.signed_codes, _mm256_set1_epi16(1), q, 0, tokens, total);
+    fetch_share(ahead, 0, 1);
     for (int t = 0; t < tokens; t++)
         acc[t] = multiply_block(w, kind, &a[t], b, total[t], acc[t]);
 }

@@ -8,7 +8,7 @@
 #include "tile_groups.h"
 
 TILE_INLINE void multiply_tile(const tile_block *w, tile_kind kind, const block_act *a, int tokens, int b,
-                               vecf *acc)
+                               vecf *acc, tile_ahead ahead)
 {
     __m512i total[8], dot[8];
     for (int t = 0; t < tokens; t++)
@@ -24,6 +24,7 @@ TILE_INLINE void multiply_tile(const tile_block *w, tile_kind kind, const block_
             for (int t = 0; t < tokens; t++)
                 dot[t] = _mm512_dpbusd_epi32(dot[t], code, broadcast4(a[t].q + 256 * b + kind.sub * j + 4 * i));
         }
+        fetch_share(ahead, j, 256 / kind.sub);
         for (int t = 0; t < tokens; t++)
             total[t] = _mm512_add_epi32(total[t], _mm512_mullo_epi32(dot[t], w->scale[j]));
     }

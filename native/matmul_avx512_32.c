@@ -8,7 +8,7 @@
 #include "tile_groups.h"
 
 TILE_INLINE void multiply_tile(const tile_block *w, tile_kind kind, const block_act *a, int tokens, int b,
-                               vecf *acc)
+                               vecf *acc, tile_ahead ahead)
 {
     __m512i dot[8];
     for (int t = 0; t < tokens; t++)
@@ -17,6 +17,7 @@ TILE_INLINE void multiply_tile(const tile_block *w, tile_kind kind, const block_
     for (int i = 0; i < 8; i++)
         for (int t = 0; t < tokens; t++)
             dot[t] = _mm512_dpbusd_epi32(dot[t], w->code[i], broadcast4(a[t].q + 32 * b + 4 * i));
+    fetch_share(ahead, 0, 1);
     for (int t = 0; t < tokens; t++)
         acc[t] = multiply_block(w, kind, &a[t], b, dot[t], acc[t]);
 }

@@ -21,13 +21,25 @@ TILE_INLINE tile_rows tile_rows_at(const fomoe_matrix *w, int row_begin, int row
     return t;
 }
 
-/* The lanes_of a tile. Walks the next tile linearly, ahead of the interleaved row streams, which no
- * prefetcher follows. */
+/* The lanes_of a tile. */
 TILE_INLINE void load_lanes(const tile_rows *t, size_t offset, vec out[4])
 {
-    for (int k = 0; k < TILE_ROWS / 4; k++)
-        _mm_prefetch(t->next + TILE_ROWS * offset + 64 * k, _MM_HINT_T1);
     lanes_of(t->row, offset, out);
+}
+
+/* Cache lines of the next tile, to be fetched while this one is multiplied: no prefetcher follows the rows of
+ * a tile. Fetched in a burst, as a block is unpacked, they would keep its loads waiting for buffers (16 tokens
+ * of Q4_K from memory: 138 instead of 147 G multiply-adds/s on Zen 4, 32 tokens 147 instead of 161). */
+typedef struct {
+    const char *at;
+    int lines;
+} tile_ahead;
+
+/* One of `parts` equal shares of them. */
+TILE_INLINE void fetch_share(tile_ahead ahead, int part, int parts)
+{
+    for (int i = ahead.lines * part / parts; i < ahead.lines * (part + 1) / parts; i++)
+        _mm_prefetch(ahead.at + 64 * i, _MM_HINT_T1);
 }
 
 /* The two bytes at `offset` of every row, as floats from half precision. */

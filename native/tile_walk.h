@@ -3,9 +3,9 @@
  * Owns: the order of tokens, rows and blocks. Does not know: the ISA, which brings multiply_tokens; how a
  * type packs its codes.
  */
-/* acc[t] += block b of the rows times tokens a[0] .. a[tokens - 1]; the ISA's. */
+/* acc[t] += block b of the rows times tokens a[0] .. a[tokens - 1], fetching `ahead` meanwhile; the ISA's. */
 TILE_INLINE void multiply_tokens(const tile_block *w, tile_kind kind, const block_act *a, int tokens, int b,
-                                 vecf *acc);
+                                 vecf *acc, tile_ahead ahead);
 
 typedef void (*unpack_fn)(const tile_rows *t, size_t offset, tile_block *out);
 
@@ -35,7 +35,9 @@ TILE_INLINE void rows_of_kind(const fomoe_matrix *w, const fomoe_act *act, const
                 acc[t] = vf_zero();
             for (int b = 0; b < w->cols / BLOCK_COLS; b++) {
                 unpack(&tr, (size_t)b * block_bytes, &block);
-                multiply_tokens(&block, kind, a, tokens, b, acc);
+                tile_ahead ahead = { tr.next + (size_t)b * TILE_ROWS * block_bytes,
+                                     (TILE_ROWS * block_bytes + 63) / 64 };
+                multiply_tokens(&block, kind, a, tokens, b, acc, ahead);
             }
             for (int t = 0; t < tokens; t++)
                 tile_store(y + (t0 + t) * ldy + r, tr.n, acc[t]);
