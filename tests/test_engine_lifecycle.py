@@ -4,10 +4,12 @@ import asyncio
 import contextlib
 import dataclasses
 import gc
+import itertools
 import os
 import random
 import signal
 import threading
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -162,27 +164,52 @@ def test_closing_while_reads_are_in_flight_and_compute_runs(model, slow_reads, d
     run(main())
 
 
-def test_opening_is_cancelled_at_any_moment(model, slow_reads):
-    """At the n-th step of the event loop, for every n until opening ends in time."""
+class CancelledAt:
+    """Awaits something, and cancels the task that does so `delay` seconds into its n-th wait."""
+
+    def __init__(self, awaitable, n, delay):
+        self.awaitable = awaitable
+        self.n = n
+        self.delay = delay
+        self.waits = 0
+
+    def __await__(self):
+        inner = self.awaitable.__await__()
+        resume = partial(inner.send, None)
+        while True:
+            try:
+                future = resume()
+            except StopIteration as end:
+                return end.value
+            self.waits += 1
+            if self.waits == self.n:
+                task = asyncio.current_task()
+                asyncio.get_running_loop().call_later(self.delay, task.cancel)
+            try:
+                yield future
+                resume = partial(inner.send, None)
+            except BaseException as error:
+                resume = partial(inner.throw, error)
+
+
+@pytest.mark.parametrize("delay", [0, 0.001, 0.004])
+def test_opening_is_cancelled_whatever_it_waits_for(model, slow_reads, delay):
+    async def wait_for(opening):
+        return await opening
 
     async def main():
-        for steps in range(0, 400, 5):
-            opening = asyncio.ensure_future(_open(model))
-            for _ in range(steps):
-                await asyncio.sleep(0)
-            opening.cancel()
+        for n in itertools.count(1):
+            opening = CancelledAt(Engine.open(model, **OPTIONS), n, delay)
             try:
-                engine = await opening
+                engine = await asyncio.create_task(wait_for(opening))
             except asyncio.CancelledError:
                 continue
             await engine.close()
-            return
+            if opening.waits < n:
+                break
+        assert n > 3, "opening waits for the tokenizer, the drive and the dense weights at least"
 
     run(main())
-
-
-async def _open(model):
-    return await Engine.open(model, **OPTIONS)
 
 
 @pytest.mark.parametrize(
