@@ -52,8 +52,10 @@ class BenchTest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """One repetition: its time, and what the experts of its timed tokens cost."""
+    """One repetition: its time, and what the experts of its timed tokens cost. `cold`: nothing had
+    run since the model was opened."""
 
+    cold: bool
     seconds: float
     picks: int
     hits: int
@@ -63,12 +65,17 @@ class Sample:
 
 @dataclass(slots=True)
 class BenchResult:
-    """A test's samples. `cold`: each began with no expert in memory; else after a warm-up."""
+    """A test's samples."""
 
     test: BenchTest
-    cold: bool
     samples: list[Sample] = field(default_factory=list)
     begun_at: float = field(default_factory=time.time)
+
+    @property
+    def cache(self) -> str:
+        """What the samples began with: "cold", "warm", or "mixed" where the first was cold."""
+        cold = [sample.cold for sample in self.samples]
+        return "cold" if all(cold) else "mixed" if any(cold) else "warm"
 
     @property
     def rates(self) -> list[float]:
@@ -110,7 +117,7 @@ class BenchResult:
             "stddev_ts": deviation(self.rates),
             "samples_ns": [round(t) for t in times_ns],
             "samples_ts": self.rates,
-            "cache": "cold" if self.cold else "warm",
+            "cache": self.cache,
             "hit_rate": self.hit_rate,
             "mib_per_token": self.mib_per_token,
             "stall_share": self.stall_share,
@@ -151,6 +158,7 @@ class TokenSource:
 
 async def run_sample(engine: Engine, test: BenchTest, source: TokenSource) -> Sample:
     """One repetition. The depth's tokens are computed before the clock starts."""
+    cold = not totals(engine).tokens
     tokens = source.take(test.total_tokens)
     marks: list[tuple[float, PhaseStats]] = []
 
@@ -168,6 +176,7 @@ async def run_sample(engine: Engine, test: BenchTest, source: TokenSource) -> Sa
         pass
     (begin, before), (end, after) = marks
     return Sample(
+        cold=cold,
         seconds=end - begin,
         picks=after.picks - before.picks,
         hits=after.hits - before.hits,
@@ -197,6 +206,7 @@ def totals(engine: Engine) -> PhaseStats:
     stats = engine.stats()
     both = (stats.prompt, stats.generation)
     return PhaseStats(
+        tokens=sum(p.tokens for p in both),
         picks=sum(p.picks for p in both),
         hits=sum(p.hits for p in both),
         expert_bytes=sum(p.expert_bytes for p in both),

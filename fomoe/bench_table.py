@@ -149,7 +149,7 @@ class Markdown:
                 *[format_size(run.memory_budget)] * run.budget_given,
                 result.test.name,
                 f"{statistics.fmean(result.rates):.2f} ± {spread:.2f}",
-                "cold" if result.cold else "warm",
+                result.cache,
                 "-" if result.hit_rate is None else f"{100 * result.hit_rate:.1f}",
                 f"{result.mib_per_token:.1f}",
                 f"{100 * result.stall_share:.1f}",

@@ -110,11 +110,12 @@ def test_warm_up_leaves_nothing_to_read(model):
 
 
 def test_figures_of_a_result():
-    result = BenchResult(BenchTest(generated=10), cold=False)
-    for seconds in (1.0, 2.0):
-        result.samples.append(
-            Sample(seconds=seconds, picks=40, hits=30, expert_bytes=30 << 20, stall_seconds=0.6)
-        )
+    result = BenchResult(BenchTest(generated=10))
+    costs = {"picks": 40, "hits": 30, "expert_bytes": 30 << 20, "stall_seconds": 0.6}
+    result.samples.append(Sample(cold=True, seconds=1.0, **costs))
+    assert result.cache == "cold"
+    result.samples.append(Sample(cold=False, seconds=2.0, **costs))
+    assert result.cache == "mixed"
     assert result.rates == [10.0, 5.0]
     assert result.hit_rate == 0.75
     assert result.mib_per_token == 3.0
@@ -159,8 +160,11 @@ def bench(capsys, model, *arguments):
     return status, captured.out, captured.err
 
 
-@pytest.mark.parametrize("how", [["--cold"], ["--no-warmup"], []])
-def test_json_has_the_names_of_llama_bench(capsys, model, how):
+@pytest.mark.parametrize(
+    ("how", "caches"),
+    [(["--cold"], ["cold"] * 3), (["--no-warmup"], ["mixed", "warm", "warm"]), ([], ["warm"] * 3)],
+)
+def test_json_has_the_names_of_llama_bench(capsys, model, how, caches):
     status, out, _ = bench(capsys, model, "-pg", "4,2", "-o", "json", "-t", "1", *how)
     assert status == 0
     rows = json.loads(out)
@@ -168,7 +172,7 @@ def test_json_has_the_names_of_llama_bench(capsys, model, how):
         (8, 0, 0), (0, 4, 0), (4, 2, 0),
     ]  # fmt: skip
     assert all(len(r["samples_ts"]) == 2 and r["avg_ts"] > 0 for r in rows)
-    assert {r["cache"] for r in rows} == {"cold" if how == ["--cold"] else "warm"}
+    assert [r["cache"] for r in rows] == caches
     assert rows[0]["n_threads"] == 1
     assert (rows[0]["mib_per_token"] > 0) == bool(how)
 

@@ -73,7 +73,7 @@ async def _run(
         source.require(sum(test.total_tokens for test in tests) * (args.repetitions + warms_up))
         output.begin(Run.of(engine, threads, memory_rate, source.kind))
         for test in tests:
-            result = BenchResult(test, cold=args.cold)
+            result = BenchResult(test)
             if warms_up:
                 await warm_up(engine, test, source)
             for _ in range(args.repetitions):
