@@ -61,6 +61,7 @@ class _Open:
     begin_ns: int
     step: ExpertStep
     last: Sequence[Resident] = ()
+    last_ns: int = 0  # when their computing began, if it has
     part: Part = Part.RESIDENT  # what computing them is
 
 
@@ -217,8 +218,7 @@ class Forward:
         experts, counts = distinct(routing)
         self._trace.picked(index, experts)
         step = self._store.begin(index, experts, counts, passing=audit)
-        if self._inline:
-            step.start = call.start
+        step.start = call.start
         begin_ns = layer.ops.marks[2] if self._trace.on else 0
         own = self._open = _Open(index, call, begin_ns, step)
         guesses = self._read_ahead and index + 1 < len(self._model.layers)
@@ -255,9 +255,10 @@ class Forward:
         while some := await step.landed(at_once=self._inline):
             part = Part.LANDED if step.fresh else Part.RESIDENT
             if self._inline and step.complete:
-                begun.last, begun.part = some, part
+                begun.last, begun.last_ns, begun.part = some, step.begun_ns, part
                 return
-            await self._compute(part, index, call.run, some, experts=len(some))
+            own = {"experts": len(some), "begin": step.begun_ns}
+            await self._compute(part, index, call.run, some, **own)
             step.computed(some)
             self._fetch_ahead(step, index, ahead)
 
@@ -284,7 +285,8 @@ class Forward:
         begun.step.close()
         self._open = None
         if self._trace.on:
-            experts = len(begun.last)
+            experts, first = len(begun.last), begun.last_ns or marks[0]
+            marks = (first, *marks[1:])
             self._trace.layer_ended(begun.index, marks, begun.part, experts, begun.begin_ns)
 
     async def _predict(self, layer: Layer, x: Any) -> list[int]:
@@ -335,10 +337,16 @@ class Forward:
         return logits
 
     async def _compute(
-        self, part: Part, layer: int, call: Callable[..., R], *args: Any, experts: int = 0
+        self,
+        part: Part,
+        layer: int,
+        call: Callable[..., R],
+        *args: Any,
+        experts: int = 0,
+        begin: int = 0,
     ) -> R:
-        """As _run, and recorded."""
-        begin = time.perf_counter_ns()
+        """As _run, and recorded, as begun already if `begin` says when."""
+        begin = begin or time.perf_counter_ns()
         result = await self._run(call, *args)
         self._trace.computed(part, layer, begin, experts)
         return result

@@ -332,6 +332,8 @@ void fomoe_moe_start_expert(fomoe_moe *moe, const int64_t *expert)
 {
     if (moe->done[expert[0]] != TODO || !moe->count[expert[0]])
         return;
+    if (moe->tokens > 1 && !fomoe_pool_idle(moe->pool))
+        return; /* what a prompt is still computing takes too long to wait for here */
     fomoe_pool_finish(moe->pool);
     set_job(moe, &moe->jobs[0], (int)expert[0], expert + 1, moe->mid, moe->mid_scratch);
     moe->done[expert[0]] = STARTED;

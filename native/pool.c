@@ -180,6 +180,11 @@ void fomoe_pool_finish(fomoe_pool *pool)
         fomoe_pool_relax(i);
 }
 
+int fomoe_pool_idle(const fomoe_pool *pool)
+{
+    return pool->num_threads > 1 && !atomic_load_explicit(&pool->unfinished, memory_order_acquire);
+}
+
 void fomoe_pool_run(fomoe_pool *pool, int num_tasks, fomoe_task_fn fn, void *arg)
 {
     fomoe_pool_start(pool, num_tasks, fn, arg);

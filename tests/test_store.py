@@ -1,6 +1,7 @@
 """The expert store against a reader that lands reads when the test says so."""
 
 import asyncio
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -157,23 +158,32 @@ def test_memory_of_a_read_in_flight_is_not_reused_when_its_step_ends():
 
 
 def test_who_lands_while_nothing_is_left_to_compute_begins_at_once():
-    s = make(quota=3, layers=1)
+    s = make(quota=4, layers=1)
     run_step(s, 0, [4])
     begun = []
 
     async def main():
-        step = s.store.begin(0, [1, 2, 3, 4], [1, 1, 1, 1])
+        step = s.store.begin(0, [1, 2, 3, 4, 5], [1, 1, 1, 1, 1])
         step.start = lambda expert: begun.append(expert[0])
         s.reader.land(count=1)
         assert begun == []  # expert 4 is there, and has not been handed out
-        assert [e[0] for e in step.take()] == [1, 4]
+        some = step.take()
+        assert [e[0] for e in some] == [1, 4]
         s.reader.land(count=1)
-        assert begun == [2]
+        assert begun == []  # they are being computed
+        step.computed(some)
+        some = step.take()
+        assert [e[0] for e in some] == [2]
+        step.computed(some)
         s.reader.land(count=1)
-        assert begun == [2]  # one at a time: 3 is handed out with it
-        assert [e[0] for e in step.take()] == [2, 3]
+        assert begun == [3]
+        s.reader.land(count=1)
+        assert begun == [3]  # one at a time: 5 is handed out with it
+        before = time.perf_counter_ns()
+        assert [e[0] for e in step.take()] == [3, 5]
+        assert 0 < step.begun_ns < before
         assert step.fresh
-        assert len(s.store.stats.handover_ns) == 4  # of the first step's read and these three
+        assert len(s.store.stats.handover_ns) == 5  # of the first step's read and these four
         step.close()
 
     asyncio.run(main())

@@ -91,14 +91,15 @@ class Ledger:
             now = time.perf_counter_ns()
             self.tracer.event(Kind.EVICT, now, now, layer, expert, self.clock)
 
-    def note_stall(self, layer: int, begin_ns: int, expert: int | None, *, late: bool) -> None:
-        """A step waited since begin_ns until `expert` landed, or until a read failed. `late`: its
+    def note_stall(
+        self, layer: int, begin_ns: int, end_ns: int, expert: int | None, *, late: bool
+    ) -> None:
+        """A step waited from begin_ns until `expert` landed, or until a read failed. `late`: its
         read was under way when it was asked for."""
-        end = time.perf_counter_ns()
-        self.stats.stall_ns += end - begin_ns
+        self.stats.stall_ns += end_ns - begin_ns
         if self.tracer and expert is not None:
             reason = Reason.LATE if late else Reason.UNKNOWN
-            self.tracer.event(Kind.STALL, begin_ns, end, layer, expert, self.clock, a=reason)
+            self.tracer.event(Kind.STALL, begin_ns, end_ns, layer, expert, self.clock, a=reason)
 
     def note_handover(self, *waited_ns: int) -> None:
         """Experts are handed to compute, so long after they landed."""

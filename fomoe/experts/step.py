@@ -27,9 +27,11 @@ class ExpertStep:
     in any case. Made by ExpertStore.begin."""
 
     __slots__ = (
-        "_arrived", "_begin_ns", "_block", "_error", "_landed_ns", "_late", "_ledger",
-        "_on_closed", "_on_computed", "_ordered", "_resident", "_started", "_urgent", "_waker",
-        "fresh", "layer", "lost", "passing", "pending", "start", "sweeping", "waiting", "wanted",
+        "_arrived", "_begin_ns", "_block", "_computing", "_error", "_landed_ns", "_late",
+        "_ledger", "_on_closed", "_on_computed", "_ordered", "_resident", "_started_ns",
+        "_urgent", "_waker",
+        "begun_ns", "fresh", "layer", "lost", "passing", "pending", "start", "sweeping",
+        "waiting", "wanted",
     )  # fmt: skip
 
     def __init__(
@@ -51,12 +53,13 @@ class ExpertStep:
         # More experts than the layer has slots: newcomers must be worth more than who they
         # displace.
         self.sweeping = len(experts) > layer.cache.capacity
+        self.begun_ns = 0  # when the first of what was handed out last began, if it did by `start`
         self.fresh = False  # among what was handed out last some have landed since the step began
         self.waiting: set[int] = set()
         self.pending: deque[int] = deque()  # no slot yet
         self.lost = -1  # the expert that could not be read
-        # Told of the first expert that lands while nothing else is left to be computed, before any
-        # more is done about reads: it is handed out next.
+        # Told of the first expert that lands while nothing is being computed or left to be, before
+        # any more is done about reads: it is handed out next.
         self.start: Callable[[Resident], None] | None = None
         # Handed out first: those whose slots may be waited for, read ahead or landed since.
         transit = layer.transit
@@ -70,7 +73,8 @@ class ExpertStep:
         self._landed_ns: dict[int, int] = {}
         self._arrived: list[int] = []
         self._late: set[int] = set()
-        self._started = False  # the first of what is handed out next has begun
+        self._computing = False  # what was handed out last
+        self._started_ns = 0  # the same of what is handed out next
         self._begin_ns = time.perf_counter_ns()
         self._waker: asyncio.Future[None] | None = None
         self._error: ReadError | None = None
@@ -88,14 +92,14 @@ class ExpertStep:
         self._arrived.append(expert)
         if self._ordered and self.waiting:
             return
-        idle = not (self._urgent or self._resident)
+        idle = not (self._computing or self._urgent or self._resident)
         self._urgent += sorted(self._arrived) if self._ordered else self._arrived
         self._arrived.clear()
         if self.start is not None and idle:
             first = self._urgent[0]
             self.start(self.layer.ready[first])
-            self._ledger.note_handover(time.perf_counter_ns() - self._landed_ns.pop(first))
-            self._started = True
+            self._started_ns = time.perf_counter_ns()
+            self._ledger.note_handover(self._started_ns - self._landed_ns.pop(first))
         self._wake()
 
     def fail(self, expert: int, error: ReadError) -> None:
@@ -111,8 +115,9 @@ class ExpertStep:
         experts = self._next()
         now, landed = time.perf_counter_ns(), self._landed_ns
         waited = [now - landed.pop(e) for e in experts if e in landed]
-        self.fresh = self._started or bool(waited)
-        self._started = False
+        self.begun_ns, self._started_ns = self._started_ns, 0
+        self.fresh = bool(self.begun_ns or waited)
+        self._computing = bool(experts)
         self._ledger.note_handover(*waited)
         ready = self.layer.ready
         return [ready[e] for e in experts]
@@ -158,13 +163,15 @@ class ExpertStep:
                 await self._waker
             self._waker = None
             expert = self._urgent[0] if self._urgent else None
-            self._ledger.note_stall(self.layer.index, begin, expert, late=expert in self._late)
+            end, late = self._started_ns or time.perf_counter_ns(), expert in self._late
+            self._ledger.note_stall(self.layer.index, begin, end, expert, late=late)
         if self._error is not None:
             raise self._error
         return self.take()
 
     def computed(self, experts: Sequence[Resident]) -> None:
-        """Compute is done with experts that take() or landed() gave."""
+        """Compute is done with the experts that take() or landed() gave last."""
+        self._computing = False
         self._on_computed(self, [e[0] for e in experts])
 
     def close(self) -> None:
