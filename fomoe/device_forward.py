@@ -266,6 +266,8 @@ class DeviceForward(Forward):
         except ReadError as error:
             assert turn.step is not None
             raise lost_expert(error, turn.step.lost, routing, chunks, segments) from error
+        if not audit:
+            self._residency.backfill()
         if not finished:
             self._unfinished = turn
         self._trace.layer(index, begin, time.perf_counter_ns())

@@ -218,12 +218,16 @@ class Forward:
         experts, counts = distinct(routing)
         self._trace.picked(index, experts)
         step = self._store.begin(index, experts, counts, passing=audit)
-        step.start = call.start
+        if not audit:
+            self._residency.backfill()
         begin_ns = layer.ops.marks[2] if self._trace.on else 0
         own = self._open = _Open(index, call, begin_ns, step)
         guesses = self._read_ahead and index + 1 < len(self._model.layers)
         below = self._model.layers[index + 1] if guesses else None
         ahead = await self._predict(below, x) if below and not self._inline else []
+        # From here on nothing is computed but what the step hands out: others may begin what lands
+        # between. The pool of threads has one caller.
+        step.start = call.start
         try:
             await self._compute_experts(own, ahead)
         except ReadError as error:

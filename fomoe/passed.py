@@ -59,3 +59,4 @@ class Passed:
         if not passing:
             self._store.note_above(index, picks, numbers)
             self._store.passed(index, (), ())
+            self._residency.backfill()

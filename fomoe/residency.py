@@ -171,8 +171,6 @@ class Residency:
         if self._backfill is not None:
             for expert, share in chosen.displaced:
                 self._backfill.add(layer, expert, share)
-            if not self._deterministic:
-                self._pump(self._backfill)
 
     def predicts(self) -> bool:
         """Whether it is worth asking the next layer's router ahead of time."""
@@ -246,9 +244,12 @@ class Residency:
                 self._fill(self._backfill)
             await self._store.settle()
 
-    def _pump(self, queue: BackfillQueue) -> None:
-        """Keep the background of the drive busy; demand reads go first in any case."""
-        while queue and self._store.num_ahead < _BACKFILL_FLIGHT:
+    def backfill(self) -> None:
+        """Keep the background of the drive busy with displaced experts; demand reads go first in
+        any case. To be called when a layer's step has begun, and holds who stands in: they would
+        be the first to be evicted."""
+        queue = self._backfill
+        while queue and not self._deterministic and self._store.num_ahead < _BACKFILL_FLIGHT:
             self._fill(queue)
 
     def _fill(self, queue: BackfillQueue) -> None:

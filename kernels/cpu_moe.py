@@ -136,11 +136,11 @@ class CpuMoeCall:
         array[0 : 4 * len(experts)] = list(chain.from_iterable(experts))
         return array
 
-    def start(self, expert: Resident) -> None:
+    def start(self, expert: Resident) -> bool:
         assert self._engine.live is self
         if not self._picks:
             self._tell()
-        lib.fomoe_moe_start_expert(self._moe, expert)
+        return bool(lib.fomoe_moe_start_expert(self._moe, expert))
 
     def run(self, experts: Sequence[Resident]) -> None:
         assert self._engine.live is self

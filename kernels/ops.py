@@ -169,9 +169,9 @@ class MoeCall(Protocol):
     """The experts of one layer for the tokens of one step, computed in any order as they become
     available; the sum is taken in rank order, so the result does not depend on that order."""
 
-    def start(self, expert: Resident) -> None:
-        """Begin an expert of the next run, where others can while the caller goes on: nothing has
-        to come of it."""
+    def start(self, expert: Resident) -> bool:
+        """Begin an expert of the next run, if others can compute it while the caller goes on.
+        Nothing else may be computed meanwhile, and it is given to run all the same."""
 
     def run(self, experts: Sequence[Resident]) -> None:
         """Compute the given (expert, gate address, up address, down address) for every token that

@@ -224,8 +224,9 @@ class ReferenceMoeCall:
         y: F64Array = (silu(self._h @ gate.T) * (self._h @ up.T)) @ down.T
         return y if scalar_gate is None else y * sigmoid(self._h @ scalar_gate.T)
 
-    def start(self, expert: tuple[int, int, int, int]) -> None:
+    def start(self, expert: tuple[int, int, int, int]) -> bool:
         """Nothing: run computes all."""
+        return False
 
     def run(self, experts: Sequence[tuple[int, int, int, int]]) -> None:
         spec = self._spec

@@ -328,16 +328,17 @@ int fomoe_moe_start(fomoe_moe *moe, const int64_t *table)
     return moe->pairs_left;
 }
 
-void fomoe_moe_start_expert(fomoe_moe *moe, const int64_t *expert)
+int fomoe_moe_start_expert(fomoe_moe *moe, const int64_t *expert)
 {
-    if (moe->done[expert[0]] != TODO || !moe->count[expert[0]])
-        return;
+    if (moe->done[expert[0]] != TODO || !moe->count[expert[0]] || fomoe_pool_num_threads(moe->pool) == 1)
+        return 0;
     if (moe->tokens > 1 && !fomoe_pool_idle(moe->pool))
-        return; /* what a prompt is still computing takes too long to wait for here */
+        return 0;
     fomoe_pool_finish(moe->pool);
     set_job(moe, &moe->jobs[0], (int)expert[0], expert + 1, moe->mid, moe->mid_scratch);
     moe->done[expert[0]] = STARTED;
     start_wave(moe, moe->jobs, 1);
+    return 1;
 }
 
 void fomoe_moe_settle(const fomoe_moe_layer *layer)

@@ -57,9 +57,10 @@ int fomoe_moe_find(const fomoe_moe *moe, const int64_t *table, int64_t *experts)
  * -EINVAL when an expert is out of range or was run before in this step. */
 int fomoe_moe_run(fomoe_moe *moe, const int64_t *experts, int num);
 
-/* After fomoe_moe_pick: starts one expert, as fomoe_moe_run takes it, ahead of the run that it is given to. Waits for what
- * was started before, or, where that may take long since there are several tokens, does nothing. */
-void fomoe_moe_start_expert(fomoe_moe *moe, const int64_t *expert);
+/* After fomoe_moe_pick: starts one expert, as fomoe_moe_run takes it, ahead of the run that it is given to, if others can
+ * compute it while the caller goes on; 1 if so. Of a single token, waits for what was started before; of several that
+ * would take too long. */
+int fomoe_moe_start_expert(fomoe_moe *moe, const int64_t *expert);
 
 /* Waits for what was started: nothing that was given is used any more. */
 void fomoe_moe_settle(const fomoe_moe_layer *layer);

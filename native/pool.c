@@ -173,16 +173,16 @@ void fomoe_pool_start(fomoe_pool *pool, int num_tasks, fomoe_task_fn fn, void *a
 
 void fomoe_pool_finish(fomoe_pool *pool)
 {
-    if (!atomic_load_explicit(&pool->unfinished, memory_order_acquire))
+    if (fomoe_pool_idle(pool))
         return;
     work(pool, 0);
-    for (int i = 1; atomic_load_explicit(&pool->unfinished, memory_order_acquire); i++)
+    for (int i = 1; !fomoe_pool_idle(pool); i++)
         fomoe_pool_relax(i);
 }
 
 int fomoe_pool_idle(const fomoe_pool *pool)
 {
-    return pool->num_threads > 1 && !atomic_load_explicit(&pool->unfinished, memory_order_acquire);
+    return !atomic_load_explicit(&pool->unfinished, memory_order_acquire);
 }
 
 void fomoe_pool_run(fomoe_pool *pool, int num_tasks, fomoe_task_fn fn, void *arg)

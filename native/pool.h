@@ -24,7 +24,7 @@ void fomoe_pool_run(fomoe_pool *pool, int num_tasks, fomoe_task_fn fn, void *arg
  * fomoe_pool_finish, helps with what is left and waits; `arg` must last until then. */
 void fomoe_pool_start(fomoe_pool *pool, int num_tasks, fomoe_task_fn fn, void *arg);
 void fomoe_pool_finish(fomoe_pool *pool);
-/* Whether fomoe_pool_start would return at once: there are other threads, and they have nothing to do. */
+/* Whether nothing is left of what was started. */
 int fomoe_pool_idle(const fomoe_pool *pool);
 
 /* What to do in round `i` of a loop that waits for another thread: pause, and now and then let others run. */

@@ -2,7 +2,9 @@
 
 import asyncio
 import dataclasses
+import itertools
 import shutil
+import time
 from functools import partial
 
 import pytest
@@ -13,6 +15,8 @@ import fomoe
 from fomoe import Engine, Sampling
 from fomoe.io.open import open_reader
 from fomoe.io.probe import probe_drive
+from fomoe.kernels.cpu_layer import CpuLayer
+from fomoe.kernels.cpu_moe import CpuMoeCall
 
 TOY = dataclasses.replace(K_TOY, layers=3, experts=16, top_k=4)
 
@@ -39,18 +43,17 @@ async def minimum(model):
     return int(str(refusal.value).split("needs ")[1].split(" MiB")[0]) << 20
 
 
+def late(seeds, *args, **options):
+    return FaultyReader(open_reader(*args, **options), next(seeds), max_delay_s=0.003)
+
+
 @pytest.mark.parametrize("io", ["threads", "uring"])
 def test_text_does_not_depend_on_when_reads_land(model, io, monkeypatch):
-    seeds = iter(range(100))
-
-    def late(*args, **options):
-        return FaultyReader(open_reader(*args, **options), next(seeds), max_delay_s=0.003)
-
     async def main():
         dram = await minimum(model)
         async with Engine.open(model, dram=dram, context=256, ubatch=64, io=io) as engine:
             prompt = await text_of(engine)
-        monkeypatch.setattr("fomoe.loading.open_reader", late)
+        monkeypatch.setattr("fomoe.loading.open_reader", partial(late, itertools.count()))
         texts = []
         for budget in (dram, dram + (2 << 20)):
             async with Engine.open(model, dram=budget, context=256, ubatch=64, io=io) as engine:
@@ -59,6 +62,39 @@ def test_text_does_not_depend_on_when_reads_land(model, io, monkeypatch):
 
     expected, texts = run(main())
     assert texts == [expected] * 2
+
+
+def test_nothing_is_begun_early_while_the_compute_thread_computes(model, monkeypatch):
+    """Experts of a prompt land while the next layer's router is asked: the pool has one caller."""
+    asked, started, guess, start = [], [], CpuLayer.guess, CpuMoeCall.start
+
+    def slow_guess(layer, x):
+        asked.append(x)
+        time.sleep(0.01)
+        try:
+            return guess(layer, x)
+        finally:
+            asked.pop()
+
+    def noted_start(call, expert):
+        started.append(bool(asked))
+        return start(call, expert)
+
+    monkeypatch.setattr(CpuLayer, "guess", slow_guess)
+    monkeypatch.setattr(CpuMoeCall, "start", noted_start)
+    delayed = partial(late, itertools.count())
+    monkeypatch.setattr("fomoe.loading.open_reader", delayed)
+
+    async def main():
+        async with Engine.open(model, context=256, ubatch=64) as engine:
+            dram = engine.plan.fixed_bytes + engine.plan.slot_bytes // 2
+        async with Engine.open(model, dram=dram, context=256, ubatch=64) as engine:
+            assert not engine.plan.all_resident
+            await engine.logits([7 + i for i in range(40)])
+
+    run(main())
+    assert started
+    assert not any(started)
 
 
 def test_copies_on_other_drives_are_read_too(model, tmp_path):

@@ -11,6 +11,8 @@ from fomoe import CarOptions, Engine, RequestError, Sampling
 from fomoe.experts.backfill import BackfillQueue
 from fomoe.experts.profile import is_profile
 from fomoe.experts.routes import DECODE, PROMPT, read_routes
+from fomoe.experts.store import ExpertStore
+from fomoe.residency import Residency
 
 GREEDY = Sampling(temperature=0.0)
 PROMPT_TEXT = "the thing on the other side of there, "
@@ -22,7 +24,7 @@ def model(tmp_path_factory):
     return write_toy(tmp_path_factory.mktemp("toy") / "toy.gguf", TOY)
 
 
-def generate(model, n=24, *, share=0.4, **options):
+def generate(model, n=24, *, share=0.4, sampling=GREEDY, **options):
     """Ids, statistics and plan of a generation with memory for a share of the experts."""
 
     async def main():
@@ -32,7 +34,7 @@ def generate(model, n=24, *, share=0.4, **options):
             async with Engine.open(model, context=128, ubatch=16, **planned) as engine:
                 budget = engine.plan.fixed_bytes + int(share * engine.plan.slot_bytes)
         async with Engine.open(model, dram=budget, context=128, ubatch=16, **options) as engine:
-            stream = engine.generate(PROMPT_TEXT, max_tokens=n, sampling=GREEDY, ignore_eos=True)
+            stream = engine.generate(PROMPT_TEXT, max_tokens=n, sampling=sampling, ignore_eos=True)
             ids = [t.id async for t in stream]
             return ids, engine.stats(), engine.plan
 
@@ -51,6 +53,31 @@ def test_stand_ins_avoid_reads_and_are_metered(model):
     assert any(line.startswith("CAR ") for line in stats.lines())
     assert not any(line.startswith("CAR") for line in exact.lines())
     assert len(exact_ids) == 24
+
+
+def test_backfill_leaves_who_stands_in(tmp_path, monkeypatch):
+    """The router did not pick them: they would be the first to leave."""
+    chosen, evicted, routed, begin = {}, [], Residency.routed, ExpertStore.begin
+
+    def note(residency, layer, routing):
+        picks = set(routing.ids.ravel().tolist())
+        ready = {e for e in range(64) if residency._store.is_ready(layer, e)}
+        routed(residency, layer, routing)
+        chosen[layer] = ready.intersection(routing.ids.ravel().tolist()) - picks
+
+    def check(store, layer, experts, counts, **options):
+        evicted.extend(e for e in chosen.get(layer, ()) if not store.is_ready(layer, e))
+        return begin(store, layer, experts, counts, **options)
+
+    monkeypatch.setattr(Residency, "routed", note)
+    monkeypatch.setattr(ExpertStore, "begin", check)
+    model = write_toy(tmp_path / "toy.gguf", dataclasses.replace(TOY, experts=64))
+    varied = Sampling(temperature=1.2, seed=1)
+    car = CarOptions.parse("on")
+    _, stats, _ = generate(model, n=100, share=0.15, sampling=varied, car=car)
+    assert stats.residency.car.substitutions > 50
+    assert stats.residency.backfill.read > 5
+    assert evicted == []
 
 
 def test_the_prompt_is_exact(model):

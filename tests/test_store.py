@@ -164,7 +164,7 @@ def test_who_lands_while_nothing_is_left_to_compute_begins_at_once():
 
     async def main():
         step = s.store.begin(0, [1, 2, 3, 4, 5], [1, 1, 1, 1, 1])
-        step.start = lambda expert: begun.append(expert[0])
+        step.start = lambda expert: begun.append(expert[0]) is None
         s.reader.land(count=1)
         assert begun == []  # expert 4 is there, and has not been handed out
         some = step.take()
@@ -292,6 +292,64 @@ def test_a_guess_evicts_nobody_until_it_is_used():
     asyncio.run(main())
     assert [e for e in range(16) if s.store.is_ready(0, e)] == [5, 6]
     assert free_slots(s) == 6
+
+
+def test_a_guess_that_was_called_wrong_is_read_again_where_it_is_picked_after_all():
+    s = make(quota=2, transit=6, layers=1, top_k=2)
+    run_step(s, 0, [1, 2])
+    s.store.prefetch(0, [7], guess=True)
+
+    async def main():
+        step = s.store.begin(0, [1, 2], [1, 1])
+        assert [r.what for r in s.reader.abandoned] == ["layer 0 expert 7"]
+        step.computed(step.take())
+        step.close()
+        assert not s.store.available(0, begins_ns=1e12)[7]
+        step = s.store.begin(0, [1, 7], [1, 1])
+        step.computed(step.take())
+        first = s.reader.flying[0]
+        first.cancelled = True
+        s.reader.land()  # the rest of it is not coming
+        assert [r.what for r in s.reader.flying] == ["layer 0 expert 7"]
+        assert s.reader.flying[0] is not first
+        s.reader.land()
+        some = await step.landed()
+        assert [e[0] for e in some] == [7]
+        step.computed(some)
+        step.close()
+
+    asyncio.run(main())
+    assert free_slots(s) == 6
+
+
+def test_a_cancelled_read_fails_who_waits_for_it():
+    s = make(layers=1)
+
+    async def main():
+        step = s.store.begin(0, [1], [1])
+        s.reader.flying[0].cancelled = True
+        s.reader.land()
+        with pytest.raises(ReadError, match="cancelled"):
+            await step.landed()
+        step.close()
+
+    asyncio.run(main())
+
+
+def test_who_could_not_be_begun_early_is_not_said_to_have_been():
+    s = make(layers=1)
+
+    async def main():
+        step = s.store.begin(0, [1, 2], [1, 1])
+        step.start = lambda expert: False
+        s.reader.land(count=1)
+        assert not s.store.stats.handover_ns
+        assert [e[0] for e in step.take()] == [1]
+        assert step.begun_ns == 0
+        assert len(s.store.stats.handover_ns) == 1
+        step.close()
+
+    asyncio.run(main())
 
 
 def test_a_sweep_comes_in_batches_that_make_room_for_reads():

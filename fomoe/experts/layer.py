@@ -21,13 +21,14 @@ from fomoe.kernels.ops import Resident as Resident
 
 class LayerExperts:
     """`address` holds the slot of every loading or ready expert, else 0; `ready` those whose bytes
-    are there, as compute takes them; `held` those that a step still has to compute; `transit` those
+    are there, as compute takes them; `abandoned` those loading of which no more is read than is
+    under way; `held` those that a step still has to compute; `transit` those
     in slots that belong to no layer. `table` int64 [experts, 3] has the addresses of those that are
     ready in slots of the layer's own, else zeros."""
 
     __slots__ = (
-        "_ledger", "address", "ahead", "cache", "held", "index", "layout", "loading", "pool",
-        "predicted", "ready", "reserve", "table", "transit", "window_ns",
+        "_ledger", "abandoned", "address", "ahead", "cache", "held", "index", "layout", "loading",
+        "pool", "predicted", "ready", "reserve", "table", "transit", "window_ns",
     )  # fmt: skip
 
     def __init__(
@@ -49,6 +50,7 @@ class LayerExperts:
         self.ready: dict[int, Resident] = {}
         self.table: npt.NDArray[np.int64] = np.zeros((layout.num_experts, 3), np.int64)
         self.loading: dict[int, ReadRequest] = {}
+        self.abandoned: set[int] = set()
         self.transit: set[int] = set()
         self.held: set[int] = set()
         self.ahead: set[int] = set()

@@ -59,8 +59,8 @@ class ExpertStep:
         self.pending: deque[int] = deque()  # no slot yet
         self.lost = -1  # the expert that could not be read
         # Told of the first expert that lands while nothing is being computed or left to be, before
-        # any more is done about reads: it is handed out next.
-        self.start: Callable[[Resident], None] | None = None
+        # any more is done about reads; True if that has begun it. It is handed out next.
+        self.start: Callable[[Resident], bool] | None = None
         # Handed out first: those whose slots may be waited for, read ahead or landed since.
         transit = layer.transit
         self._urgent = [e for e in resident if e in transit] if transit else []
@@ -97,10 +97,15 @@ class ExpertStep:
         self._arrived.clear()
         if self.start is not None and idle:
             first = self._urgent[0]
-            self.start(self.layer.ready[first])
-            self._started_ns = time.perf_counter_ns()
-            self._ledger.note_handover(self._started_ns - self._landed_ns.pop(first))
+            if self.start(self.layer.ready[first]):
+                self._started_ns = time.perf_counter_ns()
+                self._ledger.note_handover(self._started_ns - self._landed_ns.pop(first))
         self._wake()
+
+    def read_again(self, expert: int) -> None:
+        """The read that was waited for had been given up before: it is to be made anew."""
+        self.waiting.remove(expert)
+        self.pending.append(expert)
 
     def fail(self, expert: int, error: ReadError) -> None:
         """A read failed for good: landed() raises."""

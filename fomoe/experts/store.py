@@ -111,6 +111,9 @@ class ExpertStore:
         result[list(state.transit)] = True
         now = time.perf_counter_ns()
         for expert, request in state.loading.items():
+            if expert in state.abandoned:
+                result[expert] = False
+                continue
             begun = request.submitted_ns
             lands = begun + self._read_ns if begun else now + 2 * self._read_ns
             result[expert] = in_flight and lands <= now + begins_ns + state.window_ns
@@ -259,7 +262,9 @@ class ExpertStore:
 
     def _abandon_unwanted(self, state: LayerExperts, wanted: Set[int]) -> None:
         """Guesses that were wrong: what of them has not been sent to the drive is not read."""
-        for expert in [e for e in state.transit if e in state.loading and e not in wanted]:
+        wrong = {e for e in state.transit if e in state.loading and e not in wanted}
+        for expert in wrong - state.abandoned:
+            state.abandoned.add(expert)
             self._reader.abandon(state.loading[expert])
 
     def _promote(self, state: LayerExperts, expert: int) -> None:
@@ -327,11 +332,18 @@ class ExpertStore:
     def _done(self, state: LayerExperts, expert: int, request: ReadRequest) -> None:
         """The kernel is done with an expert's slot."""
         del state.loading[expert]
+        was_abandoned = expert in state.abandoned
+        state.abandoned.discard(expert)
         self._note_landing(state, expert, request)
         step = self._steps[state.index]
         if request.error or request.cancelled:
             state.forget(expert)
-            if step and expert in step.waiting:
+            if not step or expert not in step.waiting:
+                return
+            if request.cancelled and was_abandoned:  # a guess, called wrong before it was right
+                step.read_again(expert)
+                self._read_pending(step)
+            else:
                 step.fail(expert, _read_error(request))
             return
         state.land(expert)
