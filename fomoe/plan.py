@@ -22,6 +22,7 @@ _SLACK = 8 << 20
 # as keep a drive busy (techniques: 8 to 16 MB in flight) while the next layer is prepared.
 _TRANSIT_SHARE = 16
 _TRANSIT_MAX = 48
+_GUESSES = 3  # experts of the next layer that are read ahead for one token
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -176,13 +177,16 @@ def _too_small(budget: str, minimum: int, fixed: Sequence[tuple[str, int]]) -> B
 def _transit(
     room: int, layers: Sequence[LayerNeed], by_size: dict[int, list[int]]
 ) -> dict[int, int]:
-    """Slots of each size that belong to no layer: at least one token's picks, at most what is
-    useful.
+    """Slots of each size that belong to no layer: at least one token's picks, some for guesses
+    where a cache is left beside them, at most what is useful.
     """
     result = {}
     for size, members in by_size.items():
         least = max(layers[i].top_k for i in members)
-        part = room * len(members) // len(layers) // _TRANSIT_SHARE // size
+        slots = room * len(members) // len(layers) // size
+        if least + _GUESSES <= slots // 4:
+            least += _GUESSES
+        part = slots // _TRANSIT_SHARE
         most = max(_TRANSIT_MAX, least)
         result[size] = min(max(part, least), most, max(layers[i].num_experts for i in members))
     return result

@@ -194,7 +194,8 @@ class Residency:
             absent = [(i, e) for i, e in absent if e in needed]
         reads = self._prefetcher.choose(layer, absent, self._store.expert_bytes(layer))
         if reads:
-            self._store.prefetch(layer, reads, guess=True)
+            del reads[self._store.prefetch(layer, reads, guess=True) :]
+            self._prefetcher.note_issued(len(reads))
         self._predictions[layer] = _Prediction(experts, absent, reads, time.perf_counter_ns())
 
     def _judge(self, layer: int, prediction: _Prediction, picks: set[int]) -> None:

@@ -37,6 +37,7 @@ def test_reads_go_out_one_after_the_other_as_long_as_the_window_lasts() -> None:
     ahead.note_window(1, 2.2e-3)
     assert ahead.choose(1, places(1, 2, 3), MB) == [1, 2]
     assert ahead.choose(1, [], MB) == []
+    ahead.note_issued(2)
     assert ahead.stats.issued == 2
 
 

@@ -153,15 +153,17 @@ class Prefetcher:
 
     def choose(self, layer: int, absent: Sequence[tuple[int, int]], expert_bytes: int) -> list[int]:
         """Which of the predicted, absent experts (place in the prediction, expert; best first) to
-        read now; the caller tells the outcome of each by note_outcome."""
+        read now; the caller tells of those that it does read by note_issued, and later by
+        note_outcome."""
         if not (absent and self.active):
             return []
         if self.mode == "on":
-            chosen = [expert for _, expert in absent[: self._max_reads]]
-        else:
-            chosen = self._worthwhile(layer, absent, expert_bytes)
-        self.stats.issued += len(chosen)
-        return chosen
+            return [expert for _, expert in absent[: self._max_reads]]
+        return self._worthwhile(layer, absent, expert_bytes)
+
+    def note_issued(self, count: int) -> None:
+        """So many of the reads that were chosen are made: others found no slot."""
+        self.stats.issued += count
 
     def _worthwhile(
         self, layer: int, absent: Sequence[tuple[int, int]], expert_bytes: int
