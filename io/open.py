@@ -41,17 +41,20 @@ def open_reader(
     """A reader of `paths`, numbered in that order. To be called on the loop's thread.
 
     `replicas` are folders, or files in folders, that hold copies of all the files: they are read
-    side by side, by speed. ReadError when a copy is not one.
+    side by side, by speed. ReadError when a copy is not one, as far as samples of it tell.
 
     "auto" takes io_uring, and threads where it is refused; direct reads, and buffered ones where a
     file system refuses them. `describe()` of the reader says what was taken and why.
     UnsupportedError when what is forced cannot be had, ReadError when a file cannot be opened.
     """
     readers = [_open_one(paths, loop, io, direct, options)]
+    places = [paths]
     try:
         for replica in replicas:
             copies = replica_paths(paths, replica)
-            check_same(paths, copies)
+            for others in places:
+                check_same(others, copies)
+            places.append(copies)
             readers.append(_open_one(copies, loop, io, direct, options))
     except BaseException:
         for reader in readers:
@@ -59,7 +62,7 @@ def open_reader(
         raise
     if len(readers) == 1:
         return readers[0]
-    return ReplicaReader(readers, [str(Path(paths[0]).parent), *map(str, replicas)])
+    return ReplicaReader(readers, [str(paths[0]), *map(str, replicas)])
 
 
 def _open_one(

@@ -23,15 +23,17 @@ _log = logging.getLogger(__name__)
 _WINDOW_NS = 50_000_000
 _NEW_SHARE = 0.3
 # Where replicas are compared before they are believed to be the same.
-_SAMPLES = 8
+_SAMPLES = 64
 _SAMPLE_BYTES = 4096
 
 
 def replica_paths(paths: Sequence[str | os.PathLike[str]], replica: Path) -> list[Path]:
     """The files of the same names in `replica`, or in its folder when it is a file. A copy of a
-    single file may have another name. Raises ReadError when there is nothing at `replica`."""
+    single file may have another name. Raises ReadError when `replica` is neither."""
     if not replica.exists():
         raise ReadError(f"replica {replica}: no such file or folder")
+    if not (replica.is_file() or replica.is_dir()):
+        raise ReadError(f"replica {replica}: neither a file nor a folder")
     if len(paths) == 1 and replica.is_file():
         return [replica]
     folder = replica if replica.is_dir() else replica.parent
@@ -39,12 +41,15 @@ def replica_paths(paths: Sequence[str | os.PathLike[str]], replica: Path) -> lis
 
 
 def check_same(paths: Sequence[str | os.PathLike[str]], others: Sequence[Path]) -> None:
-    """ReadError unless the files look the same: their sizes, and samples of what they hold."""
+    """ReadError unless the files look the same, by their sizes and samples of what they hold, and
+    are not the very same."""
     for path, other in zip(paths, others, strict=True):
         try:
-            same = _samples(path) == _samples(other)
+            itself, same = os.path.samefile(path, other), _samples(path) == _samples(other)
         except OSError as error:
             raise ReadError(f"replica {other}: cannot be read: {error.strerror}") from error
+        if itself:
+            raise ReadError(f"replica {other} is {os.fspath(path)} itself: name a copy of it")
         if not same:
             raise ReadError(f"replica {other} differs from {os.fspath(path)}: copy it anew")
 

@@ -341,6 +341,13 @@ def test_copies_are_checked(tmp_path: Path) -> None:
         asyncio.run(check())
 
     opened()
+    with pytest.raises(ReadError, match="neither"):
+        replica_paths([tmp_path / "a"], Path("/dev/null"))
+    (folder / "a").unlink()
+    (folder / "a").hardlink_to(tmp_path / "a")
+    with pytest.raises(ReadError, match="itself"):
+        opened()
+    (folder / "a").unlink()
     write_bytes(folder / "a", 100_000, seed=1)
     before = len(os.listdir("/proc/self/fd"))
     with pytest.raises(ReadError, match="differs"):

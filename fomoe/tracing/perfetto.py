@@ -104,13 +104,20 @@ def _reads(reads: Records, start: int) -> Iterator[Event]:
 
 
 def _copies(records: Records, start: int) -> Iterator[Event]:
-    """By device; batches that overlap are drawn over each other."""
+    """By device, each in the lowest lane that was free, from queued until it was there."""
     copies = records[records["kind"] == Kind.COPY]
+    copies = copies[np.argsort(copies["begin"], kind="stable")]
+    track = COPIES
     for device in np.unique(copies["b"] >> 1).tolist():
-        yield _named("thread_name", COPIES + device, f"copies to device {device}")
-    for r in copies.tolist():
-        name = f"{'ahead' if r[3] & 1 else 'copy'} {r[6]}/{r[5]}"
-        yield _span(COPIES + (r[3] >> 1), start, r, name, {"bytes": r[2]})
+        own = copies[copies["b"] >> 1 == device]
+        lane = lanes(own["begin"], own["end"])
+        count = int(lane.max()) + 1
+        for i in range(count):
+            yield _named("thread_name", track + i, f"copy {i} to device {device}")
+        for r, n in zip(own.tolist(), lane.tolist(), strict=True):
+            name = f"{'ahead' if r[3] & 1 else 'copy'} {r[6]}/{r[5]}"
+            yield _span(track + n, start, r, name, {"bytes": r[2]})
+        track += count
 
 
 def _changes(records: Records, start: int) -> Iterator[Event]:
