@@ -261,8 +261,8 @@ class Forward:
             if self._inline and step.complete:
                 begun.last, begun.last_ns, begun.part = some, step.begun_ns, part
                 return
-            own = {"experts": len(some), "begin": step.begun_ns}
-            await self._compute(part, index, call.run, some, **own)
+            count, since = len(some), step.begun_ns
+            await self._compute(part, index, call.run, some, experts=count, begin=since)
             step.computed(some)
             self._fetch_ahead(step, index, ahead)
 
