@@ -194,9 +194,9 @@ class Engine:
 
         A piece is taken when the iteration goes on, so it may depend on the logits before it. All
         pieces together have at most `max_tokens` tokens: that much of the context is taken. The
-        first piece counts as a prompt; `stepwise` computes it token by token too, as generation
-        does (with CAR). Raises RequestError for what was not announced, ReadError when the drive
-        fails.
+        first piece counts as a prompt, and so does any of several tokens; `stepwise` computes them
+        token by token too, as generation does (with CAR). Raises RequestError for what was not
+        announced, ReadError when the drive fails.
         """
         sequence = Sequence((), sampler=None, max_tokens=max_tokens, fed=True, stepwise=stepwise)
         self._check_room(max_tokens)

@@ -120,7 +120,7 @@ class Forward:
         await self._residency.end_step()
         if exact is not None:
             self._residency.note_audit(exact[0], logits[0])
-        self._trace.end(begin, num_tokens, is_prompt=any(c.is_prompt for c in chunks))
+        self._trace.end(begin, num_tokens, is_prompt=not self._residency.decoding)
         return logits
 
     async def _layers(

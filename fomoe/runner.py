@@ -116,8 +116,8 @@ class Runner:
                     sequence.fail(ClosedError(self._ended))
 
     async def _step(self, chunks: list[Chunk]) -> None:
-        is_prompt = any(c.is_prompt for c in chunks)
-        phase = self._stats.prompt if is_prompt else self._stats.generation
+        decodes = all(c.decodes for c in chunks)
+        phase = self._stats.generation if decodes else self._stats.prompt
         before = _Mark(self._loaded)
         num_tokens = 0
         try:

@@ -82,9 +82,10 @@ class Sequence:
         return self.sampler is None and not self.fed
 
     def extend(self, tokens: AnySequence[int]) -> None:
-        """More tokens for a sequence that is fed. What comes first counts as its prompt."""
-        if not self.tokens:
-            self.num_prompt = len(tokens)
+        """More tokens for a sequence that is fed. What comes first, and several tokens at once
+        wherever they come, count as a prompt."""
+        if not self.tokens or len(tokens) > 1:
+            self.num_prompt = len(self.tokens) + len(tokens)
         self.tokens.extend(tokens)
 
     def advance(self, length: int, logits: npt.NDArray[np.float32] | None) -> None:

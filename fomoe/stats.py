@@ -18,7 +18,8 @@ from fomoe.residency import ResidencyStats
 
 @dataclass(slots=True)
 class PhaseStats:
-    """Counters of the steps of one kind: those with prompt tokens, or those that only generate.
+    """Counters of the steps of one kind: those that compute a prompt, or those of one token of
+    each sequence, generated or computed as if it were.
 
     A pick is one expert of one token at one layer; a hit is a pick whose expert was in memory when
     the router named it; expert_reads and expert_bytes are of the drives. stall_seconds: the forward

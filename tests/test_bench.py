@@ -97,6 +97,25 @@ def test_stand_ins_are_for_all_generated_tokens_and_no_others(model):
     assert run(metered(BenchTest(prompt=6, generated=2))) == 2 * TOY.layers
 
 
+@pytest.mark.parametrize(
+    ("test", "prompt", "generation"),
+    [
+        (BenchTest(generated=3), 0, 3),
+        (BenchTest(generated=3, depth=16), 16, 3),
+        (BenchTest(prompt=9, depth=8), 17, 0),
+        (BenchTest(prompt=9, generated=2, depth=8), 17, 2),
+    ],
+)
+def test_what_is_computed_together_is_a_prompt_at_any_depth(model, test, prompt, generation):
+    async def sample():
+        async with Engine.open(model, context=64, ubatch=8) as engine:
+            await run_sample(engine, test, TokenSource(TOY.vocab))
+            return engine.stats()
+
+    stats = run(sample())
+    assert (stats.prompt.tokens, stats.generation.tokens) == (prompt, generation)
+
+
 def test_warm_up_leaves_nothing_to_read(model):
     async def sample():
         async with Engine.open(model, context=64) as engine:
