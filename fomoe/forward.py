@@ -109,7 +109,9 @@ class Forward:
         reads_rows = self._embedding.must_read(ids)
         rows = await self._embedding.rows(ids)
         if reads_rows:
-            self._trace.read(begin)
+            landed = time.perf_counter_ns()
+            self._store.stats.stall_ns += landed - begin
+            self._trace.read(begin, landed)
         segments = segments_of(chunks)
         self._residency.begin_step(chunks)
         exact = None

@@ -39,11 +39,10 @@ class StepTrace:
         self._tracer.flush()
         self._tracer.event(Kind.STEP, begin, end, token=clock, a=num_tokens, b=is_prompt)
 
-    def read(self, begin: int) -> None:
-        """The step has waited for another read than an expert's since then."""
+    def read(self, begin: int, end: int) -> None:
+        """The step has waited for another read than an expert's."""
         if self._tracer:
-            now = time.perf_counter_ns()
-            self._tracer.event(Kind.STALL, begin, now, token=self._clock(), a=Reason.FILE)
+            self._tracer.event(Kind.STALL, begin, end, token=self._clock(), a=Reason.FILE)
 
     def computed(self, part: Part, layer: int, begin: int, experts: int = 0) -> None:
         """A stretch of computing (or of waiting for a device that computes) ends now. `layer` is -1

@@ -274,6 +274,10 @@ def test_a_real_run_agrees_with_the_engines_own_counts(tmp_path: Path) -> None:
         assert phase.overhead_ns < 0.5 * phase.wall_ns
         own_layers = sum(row.wall_ns for row in summary.layers[phase.name])
         assert own_layers <= phase.wall_ns
+    # Waits for the rows of the embedding are among both.
+    waits, stalls = stats.prompt.stall_seconds + stats.generation.stall_seconds, summary.reasons
+    assert sum(total.wait_ns for total in stalls) / 1e9 == pytest.approx(waits)
+    assert any(total.reason is Reason.FILE for total in stalls)
     known = [total.reason for total in summary.reasons]
     assert Reason.EVICTED in known
     assert Reason.UNKNOWN not in known
