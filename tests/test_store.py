@@ -38,7 +38,7 @@ class HandReader:
     def land(self, *, error=None, count=None):
         some, self.flying = self.flying[:count], self.flying[count:] if count else []
         for request in some:
-            request.landed_ns = 2
+            request.landed_ns = time.perf_counter_ns()
             request.error = error
             request.done(request)
 
@@ -221,6 +221,28 @@ def test_waiting_wakes_for_each_landing():
 
     asyncio.run(main())
     assert s.store.stats.stall_ns > 0
+
+
+def test_a_wait_ends_when_the_read_lands_however_late_the_loop_comes_back():
+    s = make()
+    landed = []
+
+    async def main():
+        step = s.store.begin(0, [1], [1])
+
+        def land():
+            s.reader.land()
+            landed.append(time.perf_counter_ns())
+            time.sleep(0.05)
+
+        asyncio.get_running_loop().call_soon(land)
+        begin = time.perf_counter_ns()
+        await step.landed()
+        step.close()
+        return begin
+
+    begin = asyncio.run(main())
+    assert 0 < s.store.stats.stall_ns <= landed[0] - begin
 
 
 def test_a_failed_read_raises_and_gives_its_slot_back():

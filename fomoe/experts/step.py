@@ -168,11 +168,20 @@ class ExpertStep:
                 await self._waker
             self._waker = None
             expert = self._urgent[0] if self._urgent else None
-            end, late = self._started_ns or time.perf_counter_ns(), expert in self._late
+            end, late = max(self._wait_end(), begin), expert in self._late
             self._ledger.note_stall(self.layer.index, begin, end, expert, late=late)
         if self._error is not None:
             raise self._error
         return self.take()
+
+    def _wait_end(self) -> int:
+        """When the drive was waited for no more: the event loop may have come back later."""
+        if self._started_ns:
+            return self._started_ns
+        landed = [self._landed_ns[e] for e in self._urgent]
+        if not landed:  # a read has failed
+            return time.perf_counter_ns()
+        return max(landed) if self._ordered else min(landed)
 
     def computed(self, experts: Sequence[Resident]) -> None:
         """Compute is done with the experts that take() or landed() gave last."""
