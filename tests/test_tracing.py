@@ -139,6 +139,26 @@ def test_compute_that_was_busy_is_not_blamed_on_the_hand_over(tmp_path: Path) ->
     assert phase.landed_idle_us.tolist() == [2000, 2000]
 
 
+def test_a_read_across_two_phases_counts_in_each_for_its_time_there(tmp_path: Path) -> None:
+    decode, prompt = summary_of(
+        tmp_path,
+        (Kind.STEP, 0, 100, -1, -1, 0, 8, 1),
+        (Kind.READ, 50, 105, 0, 1, 8, 60 * MS, 0),
+        (Kind.READ, 60, 110, 0, 2, 8, 60 * MS, 0),
+        (Kind.STEP, 100, 120, -1, -1, 8, 1, 0),
+        (Kind.COMPUTE, 90, 102, 0, -1, 0, Part.RESIDENT, 1),
+    ).phases
+    assert decode.reading.flight_ns == 10 * MS
+    assert decode.reading.gbps_in_flight == pytest.approx(12.0)
+    assert decode.reading.gbps_overall == pytest.approx(6.0)
+    assert decode.reading.depth == pytest.approx(1.5)
+    assert decode.reading.covered_share == pytest.approx(0.2)
+    assert prompt.reading.flight_ns == 50 * MS
+    assert prompt.reading.depth == pytest.approx(1.8)
+    assert prompt.reading.covered_share == pytest.approx(0.2)
+    assert math.isnan(prompt.reading.gbps_in_flight), "nothing landed there"
+
+
 def stalled_on(tmp_path: Path, *history: tuple[int, ...], queued: int = 0, kind: int = 5) -> str:
     """The reason of a stall on layer 3, expert 7 in token 4, after the given events."""
     steps = [(Kind.STEP, 100 * i, 100 * i + 90, -1, -1, i, 1, 0) for i in range(5)]

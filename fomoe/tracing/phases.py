@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fomoe.trace_format import Part, Records, Source
-from fomoe.tracing.intervals import I64, covered, following, preceding, union
+from fomoe.tracing.intervals import I64, Spans, covered, following, preceding, union
 from fomoe.tracing.timeline import StepTimes, Timeline, submitted, sums
 
 F64 = npt.NDArray[np.float64]
@@ -112,19 +112,28 @@ def _reading(t: Timeline, times: StepTimes, mask: npt.NDArray[np.bool_]) -> Read
     in_phase = np.concatenate((mask, [False]))
     reads = t.reads[in_phase[t.step_at(t.reads["end"])]]
     start = submitted(reads)
-    flight = union(start, reads["end"])
     total = int(reads["a"].sum())
+    # Of the time in flight only that within the phase's steps: a read may begin in another phase.
+    steps = Spans(t.steps["begin"][mask], t.steps["end"][mask])
+    flight = int(times.flight[mask].sum())
+    in_flight = covered(steps, submitted(t.reads), t.reads["end"]).sum()
+    both = union(
+        np.concatenate((t.compute_spans.begin, t.flight_spans.begin)),
+        np.concatenate((t.compute_spans.end, t.flight_spans.end)),
+    )
+    # Computing and reading: what each has more than both together.
+    overlap = times.compute[mask].sum() + flight - covered(both, *steps).sum()
     return Reading(
         reads=len(reads),
         bytes=total,
-        flight_ns=flight.total,
-        gbps_in_flight=_ratio(total, flight.total),
+        flight_ns=flight,
+        gbps_in_flight=_ratio(total, flight) if len(reads) else math.nan,
         gbps_overall=_ratio(total, times.wall[mask].sum()) if len(reads) else math.nan,
         ceiling_gbps=t.ceiling_gbps,
-        depth=_ratio((reads["end"] - start).sum(), flight.total),
+        depth=_ratio(in_flight, flight),
         latency_us=quantiles_us(reads["end"] - start),
         queued_us=quantiles_us(start - reads["begin"]),
-        covered_share=_ratio(covered(t.compute_spans, *flight).sum(), flight.total),
+        covered_share=_ratio(overlap, flight),
     )
 
 
