@@ -159,6 +159,32 @@ def test_a_read_across_two_phases_counts_in_each_for_its_time_there(tmp_path: Pa
     assert math.isnan(prompt.reading.gbps_in_flight), "nothing landed there"
 
 
+def test_the_share_of_stand_ins_is_of_decode(tmp_path: Path) -> None:
+    summary = summary_of(
+        tmp_path,
+        (Kind.STEP, 0, 100, -1, -1, 0, 8, 1),
+        (Kind.USE, 10, 10, 0, 5, 0, 8, Source.MISSING),
+        (Kind.STEP, 100, 120, -1, -1, 8, 2, 0),
+        (Kind.USE, 105, 105, 0, 5, 8, 2, Source.RESIDENT),
+        (Kind.USE, 105, 105, 0, 6, 8, 1, Source.RESIDENT),
+        (Kind.USE, 105, 105, 0, 7, 8, 1, Source.RESIDENT),
+        (Kind.SUBSTITUTE, 105, 105, 0, 8, 8, 7, 1000),
+    )
+    assert summary.substitution is not None
+    assert (summary.substitution.replaced, summary.substitution.picks) == (1, 4)
+    assert "1 experts replaced (25.0 % of the picks)" in render(summary)
+
+
+def test_as_many_stalls_are_listed_as_asked_for(tmp_path: Path) -> None:
+    recording = read_recording(record(tmp_path / "t", decode=3))
+    for asked, listed in ((3, 3), (1, 1), (0, 0), (-1, 0)):
+        summary = summarise(recording, stalls=asked)
+        assert len(summary.stalls) == listed
+        text = render(summary)
+        assert "Why compute waited" in text
+        assert ("Worst stalls" in text) == bool(listed)
+
+
 def stalled_on(tmp_path: Path, *history: tuple[int, ...], queued: int = 0, kind: int = 5) -> str:
     """The reason of a stall on layer 3, expert 7 in token 4, after the given events."""
     steps = [(Kind.STEP, 100 * i, 100 * i + 90, -1, -1, i, 1, 0) for i in range(5)]

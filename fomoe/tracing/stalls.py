@@ -121,9 +121,9 @@ class StallReasons:
         )
 
     def worst(self, count: int) -> list[Stall]:
-        """The longest stalls, longest first."""
+        """The longest stalls, longest first; none where `count` is negative."""
         stalls = self._t.stalls
-        order = np.argsort(stalls["begin"] - stalls["end"], kind="stable")[:count]
+        order = np.argsort(stalls["begin"] - stalls["end"], kind="stable")[: max(count, 0)]
         return [self.stall(int(i)) for i in order]
 
     def totals(self) -> list[ReasonTotal]:

@@ -33,10 +33,11 @@ class Prediction:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Substitution:
-    """Cache-aware routing: experts replaced, of all uses, and the probability that moved."""
+    """Cache-aware routing: experts replaced, of all picks of decode, and the probability that
+    moved."""
 
     replaced: int
-    uses: int
+    picks: int
     moved: float
 
 
@@ -78,7 +79,7 @@ def summarise(recording: Recording, *, stalls: int = 15) -> Summary:
         stalls=reasons.worst(stalls),
         reasons=reasons.totals(),
         prediction=_prediction(recording.records),
-        substitution=_substitution(recording.records),
+        substitution=_substitution(recording.records, found),
         copies=_copies(recording.records),
     )
 
@@ -102,13 +103,13 @@ def _copies(records: Records) -> Copies | None:
     return Copies(experts=len(copies), ahead=ahead, bytes=nbytes)
 
 
-def _substitution(records: Records) -> Substitution | None:
+def _substitution(records: Records, found: list[Phase]) -> Substitution | None:
     replaced = records[records["kind"] == Kind.SUBSTITUTE]
     if not len(replaced):
         return None
     return Substitution(
         replaced=len(replaced),
-        uses=int((records["kind"] == Kind.USE).sum()),
+        picks=sum(phase.picks for phase in found if phase.name == "decode"),
         moved=float(replaced["b"].sum()) / 1e6,
     )
 

@@ -126,7 +126,7 @@ def _rate(gbps: float, phase: Phase) -> str:
 
 
 def _stalls(summary: Summary) -> Iterator[str]:
-    if not summary.stalls:
+    if not summary.reasons:
         return
     wait = sum(total.wait_ns for total in summary.reasons)
     rows = [
@@ -139,6 +139,8 @@ def _stalls(summary: Summary) -> Iterator[str]:
         for r in summary.reasons
     ]
     yield from _table(["Why compute waited", "stalls", "ms", "share"], rows)
+    if not summary.stalls:
+        return
     yield ""
     rows = [
         [f"{s.wait_ns / 1e6:.2f}", _id(s.token), _id(s.layer), _id(s.expert), s.why]
@@ -182,7 +184,7 @@ def _routing(summary: Summary) -> Iterator[str]:
         c = summary.substitution
         yield (
             f"Cache-aware routing: {c.replaced:,} experts replaced"
-            f" ({_percent(c.replaced / c.uses) if c.uses else NONE} of uses),"
+            f" ({_percent(c.replaced / c.picks) if c.picks else NONE} of the picks),"
             f" {c.moved / c.replaced:.4f} of probability moved by each"
         )
     if summary.copies:
