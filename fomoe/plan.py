@@ -169,8 +169,9 @@ def _too_small(budget: str, minimum: int, fixed: Sequence[tuple[str, int]]) -> B
     return BudgetError(
         f"a memory budget of {budget} is too small: this model needs {needed_mib} MiB: "
         + ", ".join(f"{name} {format_size(size)}" for name, size in fixed)
-        + f" and {format_size(experts_bytes)} for the experts of one layer. Give more with --dram,"
-        " or shorten the context (-c) or the step (-ub)"
+        + f", {format_size(experts_bytes)} for the experts of one layer and"
+        f" {format_size(_SLACK)} to spare. Give more with --dram, or shorten the context (-c) or"
+        " the step (-ub)"
     )
 
 

@@ -1,3 +1,5 @@
+import re
+
 import pytest
 
 from fomoe.errors import BudgetError
@@ -65,8 +67,10 @@ def test_without_a_budget_what_is_free_is_planned_but_no_more_than_needed():
 
 
 def test_too_small_a_budget_is_refused_with_one_that_would_do():
-    with pytest.raises(BudgetError, match="needs 148 MiB: dense weights"):
+    with pytest.raises(BudgetError, match="needs 148 MiB: dense weights") as refusal:
         plan(MINIMUM - 1)
+    named = re.findall(r"([0-9.]+) MiB", str(refusal.value).split("needs 148 MiB")[1])
+    assert sum(map(float, named)) == 148
 
 
 def test_layers_share_evenly():
