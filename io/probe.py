@@ -43,7 +43,11 @@ SECONDS_A_CANDIDATE = 0.04
 WORTHWHILE = 1.03
 # A smaller file is read once and for all: nothing is gained by knowing its drive.
 SMALLEST_FILE_BYTES = 256 << 20
+# A drive fills up, wears, gets other neighbours: what was measured holds for a month.
+REMEMBERED_S = 30 * 24 * 3600
 _CACHE_NAME = "drives.json"
+_ANY_RATE = 1e15  # bytes per second: more than of any drive
+_MEASURED_AT = "measured_at"  # in an entry, beside what a Drive has: seconds since 1970
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -186,7 +190,7 @@ async def probe_drive(
     await reader.close()
     if not known:
         return None
-    remembered = _recall(cache, key)
+    remembered = _recall(cache, key, candidates)
     if remembered is not None:
         return remembered
     try:
@@ -247,19 +251,28 @@ def device_name(path: str | os.PathLike[str]) -> str:
     return " ".join(facts)
 
 
-def _recall(cache: Path | None, key: str) -> Drive | None:
+def _recall(cache: Path | None, key: str, candidates: Sequence[tuple[int, int]]) -> Drive | None:
+    """Nothing where the entry is too old, damaged, or of another version: measured anew."""
     entry = _entries(cache).get(key)
-    try:
-        return Drive(**entry) if isinstance(entry, dict) else None
-    except TypeError:
-        return None  # written by another version
+    if not isinstance(entry, dict):
+        return None
+    rate, measured_at = entry.get("bytes_per_second"), entry.get(_MEASURED_AT)
+    if not (isinstance(rate, int | float) and isinstance(measured_at, int | float)):
+        return None
+    now = time.time()
+    if not (now - REMEMBERED_S < measured_at <= now and 0 < rate < _ANY_RATE):
+        return None
+    for read_bytes, depth in candidates:
+        if (entry.get("read_bytes"), entry.get("depth")) == (read_bytes, depth):
+            return Drive(read_bytes=read_bytes, depth=depth, bytes_per_second=rate)
+    return None
 
 
 def _remember(cache: Path | None, key: str, drive: Drive) -> None:
     """Replace the file whole, so that a reader in another process never sees half of it."""
     if cache is None:
         return
-    entries = {**_entries(cache), key: asdict(drive)}
+    entries = {**_entries(cache), key: asdict(drive) | {_MEASURED_AT: time.time()}}
     try:
         cache.mkdir(parents=True, exist_ok=True)
         written = cache / f"{_CACHE_NAME}.{os.getpid()}"

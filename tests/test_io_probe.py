@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -76,8 +77,46 @@ def test_it_is_remembered_for_each_drive(path: Path, monkeypatch: pytest.MonkeyP
     assert len(list(cache.iterdir())) == 1
 
 
+def entry(**changes: object) -> str:
+    usual = {"read_bytes": 1 << 20, "depth": 2, "bytes_per_second": 1.25e9}
+    return json.dumps({"NAME io_uring": usual | {"measured_at": time.time()} | changes})
+
+
+def test_what_is_remembered_is_believed_for_a_month(path: Path) -> None:
+    memory = path.parent / "drives.json"
+    month = 30 * 24 * 3600
+    for age, believed in ((0, True), (month - 60, True), (month + 1, False), (-3600, False)):
+        text = entry(measured_at=time.time() - age)
+        memory.write_text(text.replace("NAME", device_name(path)))
+        drive = run(path, path.parent)
+        assert drive is not None
+        assert (drive.bytes_per_second == 1.25e9) == believed
+        if not believed:
+            assert run(path, path.parent) == drive, "it is remembered from now on"
+
+
 @pytest.mark.parametrize(
-    "text", ["", "{", "[1]", '{"NAME io_uring": {"speed": 1}}', '{"NAME io_uring": 3}']
+    "text",
+    [
+        "",
+        "{",
+        "[1]",
+        '{"NAME io_uring": {"speed": 1}}',
+        '{"NAME io_uring": 3}',
+        entry(depth="x"),
+        entry(depth=0),
+        entry(depth=1 << 40),
+        entry(read_bytes=1000),
+        entry(bytes_per_second="x"),
+        entry(bytes_per_second=0),
+        entry(bytes_per_second=-1.0),
+        entry(bytes_per_second=float("nan")),
+        entry(bytes_per_second=float("inf")),
+        entry(bytes_per_second=10**400),
+        entry(measured_at=10**400),
+        '{"NAME io_uring": {"read_bytes": 1048576, "depth": 2, "bytes_per_second": 0}}',
+        entry(measured_at=None),
+    ],
 )
 def test_a_damaged_memory_is_measured_anew(path: Path, text: str) -> None:
     (path.parent / "drives.json").write_text(text.replace("NAME", device_name(path)))
@@ -85,6 +124,8 @@ def test_a_damaged_memory_is_measured_anew(path: Path, text: str) -> None:
     assert drive is not None
     entries = json.loads((path.parent / "drives.json").read_text())
     assert entries[f"{device_name(path)} io_uring"]["depth"] == drive.depth
+    assert 1e6 < drive.bytes_per_second < 1e13
+    assert drive.bytes_per_second != 1.25e9
 
 
 def test_a_folder_that_cannot_be_written_costs_a_warning(
