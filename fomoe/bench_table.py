@@ -41,15 +41,15 @@ class Run:
     budget_given: bool
     experts_resident: float  # share of the experts that the memory plan has slots for
     reader: str
-    drive_gb_per_second: float | None  # random reads; None when it was not measured
+    drive_gb_per_second: float | None  # random reads, of all drives; None: not measured
     memory_gb_per_second: float  # a plain read with as many threads
     decode_bytes: int  # of weights that a generated token touches
     tokens: str  # "random" or "text"
 
     @classmethod
     def of(cls, engine: Engine, threads: int, memory_rate: float, tokens: str) -> Run:
-        gguf, plan, drive = engine.loaded.gguf, engine.plan, engine.loaded.drive
-        options, num_layers = engine.options, engine.loaded.hp.num_layers
+        gguf, plan, options = engine.loaded.gguf, engine.plan, engine.options
+        num_layers, drive_rate = engine.loaded.hp.num_layers, engine.loaded.drives_bytes_per_second
         devices = tuple(device.name for device in plan.devices)
         cards = (card_name(name) for name in devices)
         return cls(
@@ -70,7 +70,7 @@ class Run:
             budget_given=plan.budget_source == "given",
             experts_resident=plan.num_slots / plan.num_experts,
             reader=engine.loaded.reader.describe(),
-            drive_gb_per_second=None if drive is None else drive.bytes_per_second / 1e9,
+            drive_gb_per_second=None if drive_rate is None else drive_rate / 1e9,
             memory_gb_per_second=memory_rate / 1e9,
             decode_bytes=decode_bytes(engine),
             tokens=tokens,

@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,10 @@ from fomoe.fleet import Fleet, open_fleet
 from fomoe.gguf import GgufFile
 from fomoe.io.arena import HUGE_PAGE_BYTES, Arena
 from fomoe.io.open import open_reader
-from fomoe.io.probe import Drive, probe_drive
+from fomoe.io.probe import Drive, device_name, probe_drive
 from fomoe.io.queued import ReadOptions
 from fomoe.io.reader import Reader
+from fomoe.io.replicas import replica_paths
 from fomoe.memory import Background
 from fomoe.models import HyperParameters, Model
 from fomoe.needs import embedding_table_bytes, expert_layouts, plan_memory, scratch_shapes
@@ -74,6 +76,7 @@ class Loaded:
     embedding: EmbeddingRows
     tracer: Tracer | None
     drive: Drive | None
+    drives_bytes_per_second: float | None  # of all drives with copies; None: not measured
     places: Sequence[Place]  # of each layer; empty where the processor computes by itself
     load_gb_per_second: float
     exits: AsyncExitStack
@@ -100,7 +103,7 @@ async def load(
     tokenizer = await _tokenizer(gguf, hp)
     check_outputs(output_flags(options), dict.fromkeys(gguf.paths, "the model"))
     async with AsyncExitStack() as exits:
-        drive, reader = await _open_files(gguf, options, exits)
+        drive, drives_rate, reader = await _open_files(gguf, options, exits)
         layouts = expert_layouts(gguf, hp, reader.alignment)
         shapes = scratch_shapes(gguf, hp)
         # What computes the layers: devices, or the processor by itself.
@@ -113,7 +116,7 @@ async def load(
         if on_plan:
             on_plan(plan)
         outputs = Outputs(options, gguf, hp, layouts, exits)
-        tracer = outputs.tracer(drive.bytes_per_second if drive else None)
+        tracer = outputs.tracer(drives_rate)
         arena = Arena(plan.total_bytes)
         arena.attach(reader)
         # Closing is idempotent; memory goes after the reader says that nothing is in flight.
@@ -154,6 +157,7 @@ async def load(
             embedding=rows,
             tracer=tracer,
             drive=drive,
+            drives_bytes_per_second=drives_rate,
             places=places,
             load_gb_per_second=rate,
             exits=exits.pop_all(),
@@ -173,13 +177,11 @@ async def _tokenizer(gguf: GgufFile, hp: HyperParameters) -> Tokenizer:
 
 async def _open_files(
     gguf: GgufFile, options: EngineOptions, exits: AsyncExitStack
-) -> tuple[Drive | None, Reader]:
-    drive = await probe_drive(
-        max(gguf.paths, key=lambda shard: shard.stat().st_size),
-        cache=options.cache_dir,
-        io=options.io,
-        direct=options.direct,
-    )
+) -> tuple[Drive | None, float | None, Reader]:
+    """How the drive is read, what all drives with copies give together, and the reader."""
+    probe = partial(probe_drive, cache=options.cache_dir, io=options.io, direct=options.direct)
+    largest = max(gguf.paths, key=lambda shard: shard.stat().st_size)
+    drive = await probe(largest)
     reader = open_reader(
         gguf.paths,
         loop=asyncio.get_running_loop(),
@@ -189,7 +191,15 @@ async def _open_files(
         options=drive.options() if drive else None,
     )
     exits.push_async_callback(reader.close)
-    return drive, reader
+    # Copies on one drive share its rate.
+    found = {device_name(largest): drive}
+    for replica in options.replicas:
+        copy = replica_paths(gguf.paths, replica)[gguf.paths.index(largest)]
+        name = device_name(copy)
+        if name not in found:
+            found[name] = await probe(copy)
+    rates = [each.bytes_per_second for each in found.values() if each]
+    return drive, sum(rates) if len(rates) == len(found) else None, reader
 
 
 def _pools(plan: MemoryPlan, arena: Arena) -> list[SlotPool]:

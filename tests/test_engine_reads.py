@@ -14,7 +14,7 @@ from toy import K_TOY, write_toy
 import fomoe
 from fomoe import Engine, Sampling
 from fomoe.io.open import open_reader
-from fomoe.io.probe import probe_drive
+from fomoe.io.probe import Drive, probe_drive
 from fomoe.kernels.cpu_layer import CpuLayer
 from fomoe.kernels.cpu_moe import CpuMoeCall
 
@@ -114,6 +114,25 @@ def test_copies_on_other_drives_are_read_too(model, tmp_path):
     (alone, shared), described = run(main())
     assert alone == shared
     assert f"{tmp_path}: " in described
+
+
+@pytest.mark.parametrize(("drives", "rate"), [(2, 3e9), (1, 1e9)])
+def test_the_ceiling_is_that_of_all_drives(model, tmp_path, monkeypatch, drives, rate):
+    shutil.copy(model, tmp_path)
+
+    async def measured(path, **_):
+        own = 1e9 if path == model else 2e9
+        return Drive(read_bytes=1 << 20, depth=8, bytes_per_second=own)
+
+    monkeypatch.setattr("fomoe.loading.probe_drive", measured)
+    names = {tmp_path / model.name: "second" if drives == 2 else "first"}
+    monkeypatch.setattr("fomoe.loading.device_name", lambda path: names.get(path, "first"))
+
+    async def main():
+        async with Engine.open(model, context=64, replicas=(tmp_path,)) as engine:
+            return engine.loaded.drives_bytes_per_second
+
+    assert run(main()) == rate
 
 
 def test_how_a_drive_is_read_best_is_remembered(model, tmp_path, monkeypatch):
