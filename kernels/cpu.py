@@ -15,7 +15,7 @@ from functools import partial
 import numpy as np
 import numpy.typing as npt
 
-from fomoe.errors import UnsupportedError
+from fomoe.errors import RequestError, UnsupportedError
 from fomoe.kernels.cpu_arrays import (
     HUGE_PAGE,
     CpuWeight,
@@ -60,7 +60,7 @@ _FLOATS = ffi.typeof("float[]")
 class CpuOps:
     """fomoe.kernels.ops.Ops on `num_threads` threads (the caller is one of them), for steps of up
     to `max_tokens` tokens. `isa`: "auto", or one of ISA_NAMES, process-wide; UnsupportedError when
-    the processor lacks it."""
+    the processor lacks it, RequestError when the threads cannot be started."""
 
     name = "cpu"
 
@@ -71,7 +71,12 @@ class CpuOps:
         self._pool = lib.fomoe_pool_create(num_threads)
         self._serial = lib.fomoe_pool_create(1)
         if not self._pool or not self._serial:
-            raise MemoryError(f"could not start {num_threads} compute threads")
+            for pool in (self._pool, self._serial):
+                lib.fomoe_pool_destroy(pool)
+            raise RequestError(
+                f"{num_threads} compute threads could not be started: take fewer (-t), or raise"
+                " the limits of the process (ulimit -v, ulimit -u)"
+            )
         self._views = Views()
         self._plans = Plans(self._pool, self._views, num_threads, max_tokens)
         self._moe = MoeEngine(self._pool, self._serial, self._views, num_threads, max_tokens)

@@ -135,6 +135,19 @@ def test_what_cannot_be_done_is_said_in_one_line(generate, flags, why):
     assert re.search(why, fails(result))
 
 
+def test_threads_that_the_system_does_not_start(model):
+    limited = ("sh", "-c", 'ulimit -v 2097152; exec "$@"', "sh")  # the stacks alone take more
+    done = subprocess.run(
+        [*limited, *PROGRAM, "generate", "-m", str(model), "-p", "x", "-c", "64", "-t", "1000"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"OPENBLAS_NUM_THREADS": "1"},
+    )
+    why = fails((done.returncode, done.stdout, done.stderr))
+    assert "1000 compute threads could not be started: take fewer (-t)" in why
+
+
 def test_files_that_are_no_models(generate, model, tmp_path):
     data = bytearray(model.read_bytes())
     path = tmp_path / "bad.gguf"
