@@ -42,12 +42,12 @@ class Run:
     experts_resident: float  # share of the experts that the memory plan has slots for
     reader: str
     drive_gb_per_second: float | None  # random reads, of all drives; None: not measured
-    memory_gb_per_second: float  # a plain read with as many threads
+    memory_gb_per_second: float | None  # a plain read with as many threads; None: not measured
     decode_bytes: int  # of weights that a generated token touches
     tokens: str  # "random" or "text"
 
     @classmethod
-    def of(cls, engine: Engine, threads: int, memory_rate: float, tokens: str) -> Run:
+    def of(cls, engine: Engine, threads: int, memory_rate: float | None, tokens: str) -> Run:
         gguf, plan, options = engine.loaded.gguf, engine.plan, engine.options
         num_layers, drive_rate = engine.loaded.hp.num_layers, engine.loaded.drives_bytes_per_second
         devices = tuple(device.name for device in plan.devices)
@@ -71,7 +71,7 @@ class Run:
             experts_resident=plan.num_slots / plan.num_experts,
             reader=engine.loaded.reader.describe(),
             drive_gb_per_second=None if drive_rate is None else drive_rate / 1e9,
-            memory_gb_per_second=memory_rate / 1e9,
+            memory_gb_per_second=None if memory_rate is None else memory_rate / 1e9,
             decode_bytes=decode_bytes(engine),
             tokens=tokens,
         )
@@ -195,13 +195,15 @@ class Markdown:
                 f"{name}: {rate * run.decode_bytes / 1e9:.1f} GB/s"
                 for name, rate in self._generation
             ]
-        lines = [
-            f"a generated token touches {format_size(run.decode_bytes)} of weights; {run.threads}"
-            f" threads read {limit:.1f} GB/s from memory"
-        ]
+        touched = f"a generated token touches {format_size(run.decode_bytes)} of weights"
+        if limit is None:
+            lines = [f"{touched}; the memory's rate: not measured"]
+        else:
+            lines = [f"{touched}; {run.threads} threads read {limit:.1f} GB/s from memory"]
         for name, rate in self._generation:
             used = rate * run.decode_bytes / 1e9
-            lines.append(f"{name}: {used:.1f} GB/s, {100 * used / limit:.0f} % of that")
+            share = "" if limit is None else f", {100 * used / limit:.0f} % of that"
+            lines.append(f"{name}: {used:.1f} GB/s{share}")
         return lines
 
     def _line(self, cells: list[str]) -> None:

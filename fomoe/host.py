@@ -42,6 +42,15 @@ def peak_resident_bytes() -> int:
     return resident_bytes()
 
 
+def forget_peak() -> bool:
+    """Let peak_resident_bytes() begin anew. False where the system does not allow it."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
 def cache_dir() -> Path:
     """Where what is measured once is kept (XDG Base Directory Specification)."""
     base = os.environ.get("XDG_CACHE_HOME", "")

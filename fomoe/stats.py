@@ -93,7 +93,7 @@ class Stats:
     read_retries: int = 0
     short_reads: int = 0
     landed_to_compute_us: float | None = None  # median, from a read's landing to its compute
-    peak_bytes: int = 0  # the largest resident set of the process so far
+    peak_bytes: int = 0  # the largest resident set of the process so far, 0: not known
     planned_bytes: int = 0  # what the memory plan allows it
     residency: ResidencyStats | None = None  # what the policies did
     devices: list[DeviceStats] = field(default_factory=list)
@@ -111,7 +111,7 @@ class Stats:
             result += car_lines(self.residency)
         if self.landed_to_compute_us is not None:
             result.append(f"landed      to compute in {self.landed_to_compute_us:.0f} us (median)")
-        if self.planned_bytes:
+        if self.planned_bytes and self.peak_bytes:
             peak, planned = format_size(self.peak_bytes), format_size(self.planned_bytes)
             result.append(f"memory      {peak} at most, {planned} planned")
         return result

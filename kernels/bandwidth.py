@@ -13,6 +13,8 @@ from fomoe.native import ffi, lib
 
 # Larger than the caches; every thread reads its own.
 BYTES_PER_THREAD = 256 << 20
+# Of less a good part might come from the caches.
+LEAST_BYTES_PER_THREAD = 64 << 20
 PASSES = 5
 
 

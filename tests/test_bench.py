@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from toy import K_TOY, write_toy
 
-from fomoe import CarOptions, Engine, RequestError
+from fomoe import CarOptions, Engine, RequestError, host
 from fomoe.bench import BenchResult, BenchTest, Sample, TokenSource, run_sample, warm_up
 from fomoe.cli import main
+from fomoe.commands.bench import _memory_rate as measures_memory
 from fomoe.commands.bench import _numbers, _pair
 from fomoe.kernels.bandwidth import measure_read_bandwidth
 from fomoe.kernels.open_device import backend_name, card_name
@@ -168,9 +169,36 @@ def test_memory_is_read_at_some_rate():
     assert 1e8 < measure_read_bandwidth(2, 1 << 20) < 1e13
 
 
+def test_the_memory_is_measured_within_the_budget(monkeypatch):
+    measured = []
+    monkeypatch.setattr(
+        "fomoe.commands.bench.measure_read_bandwidth",
+        lambda threads, nbytes: measured.append(threads * nbytes) or 20e9,
+    )
+    resident = host.resident_bytes()
+    monkeypatch.setattr(host, "resident_bytes", lambda: resident)
+    assert measures_memory(2, None) == 20e9
+    assert measures_memory(2, resident + (200 << 20)) == 20e9
+    assert measured == [512 << 20, 200 << 20]
+    monkeypatch.setattr(host, "available_bytes", lambda: 160 << 20)
+    measures_memory(2, 64 << 30)
+    assert measured[2:] == [160 << 20]
+    assert measures_memory(2, resident + (100 << 20)) is None
+    assert measures_memory(2, resident - 1) is None
+    assert len(measured) == 3
+
+
+def test_memory_that_the_process_may_not_have_is_not_measured(monkeypatch):
+    def refused(threads, nbytes):
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr("fomoe.commands.bench.measure_read_bandwidth", refused)
+    assert measures_memory(1, None) is None
+
+
 @pytest.fixture(autouse=True)
 def known_memory_rate(monkeypatch):
-    monkeypatch.setattr("fomoe.commands.bench.measure_read_bandwidth", lambda threads: 20e9)
+    monkeypatch.setattr("fomoe.commands.bench._memory_rate", lambda threads, budget: 20e9)
 
 
 def bench(capsys, model, *arguments):
@@ -210,6 +238,23 @@ def test_other_formats_hold_the_same(capsys, model):
     assert "read 20.0 GB/s from memory\ntg4: " in out
 
 
+def test_a_memory_rate_that_is_not_known_is_not_printed(capsys, model, monkeypatch):
+    monkeypatch.setattr("fomoe.commands.bench._memory_rate", lambda threads, budget: None)
+    _, out, _ = bench(capsys, model)
+    assert "the memory's rate: not measured\ntg4: " in out
+    assert "of that" not in out
+    _, out, _ = bench(capsys, model, "-o", "json")
+    assert json.loads(out)[0]["memory_gb_per_second"] is None
+
+
+def test_figures_of_no_peak_leave_it_out(capsys, model, monkeypatch):
+    _, _, err = bench(capsys, model, "--stats")
+    assert "memory      " in err
+    monkeypatch.setattr(host, "forget_peak", lambda: False)
+    _, _, err = bench(capsys, model, "--stats")
+    assert "memory      " not in err
+
+
 def test_devices_are_named(capsys, model):
     """The layers of threads that stand for a device are the processor's, too."""
     flags = ["--device", "cpu,cpu", "--n-cpu-moe", "2"]
@@ -247,6 +292,7 @@ def test_text_and_bad_requests(capsys, model, tmp_path):
         (["--text", "/dev/null"], "the text has 0 tokens, the tests need"),
         (["-c", "4"], "need a context of 8 tokens, -c gives 4"),
         (["-r", "0"], "-r must be at least 1"),
+        (["-t", "-1"], "threads must be 1 to 4096, not -1"),
     ):
         status, out, err = bench(capsys, model, *arguments)
         assert (status, message in err, out) == (1, True, ""), err

@@ -24,6 +24,15 @@ def groups(tmp_path, monkeypatch):
     return write
 
 
+def test_a_peak_is_forgotten():
+    held = b"x" * (64 << 20)
+    peak = host.peak_resident_bytes()
+    del held
+    if not host.forget_peak():
+        pytest.skip("/proc/self/clear_refs cannot be written here")
+    assert host.peak_resident_bytes() < peak - (32 << 20)
+
+
 def test_version_2_counts_what_others_use_but_not_the_page_cache(groups):
     left = groups(
         "0::/jobs/mine\n",

@@ -9,14 +9,20 @@ from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 
+from fomoe import host
 from fomoe.bench import BenchResult, BenchTest, TokenSource, run_sample, warm_up
 from fomoe.bench_table import FORMATS, Run
 from fomoe.commands.common import add_engine_arguments, open_engine, read_text
+from fomoe.engine import Engine
 from fomoe.errors import RequestError
-from fomoe.host import num_processors
-from fomoe.kernels.bandwidth import measure_read_bandwidth
+from fomoe.kernels.bandwidth import (
+    BYTES_PER_THREAD,
+    LEAST_BYTES_PER_THREAD,
+    measure_read_bandwidth,
+)
 
 _MAX_TESTS = 10_000  # of one flag: a range is written quickly
+_PAGE_BYTES = 2 << 20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,12 +68,15 @@ async def _run(
 ) -> int:
     quiet = args.output != "md"
     output = FORMATS[args.output](sys.stdout)
-    threads = args.threads or num_processors()
+    opening = open_engine(args, quiet=quiet, context=context)  # refuses bad options
+    threads = args.threads or host.num_processors()
     # Before the engine takes its memory, so that the budget is kept.
-    memory_rate = measure_read_bandwidth(threads)
+    memory_rate = _memory_rate(threads, args.dram)
+    knows_peak = host.forget_peak()  # else the peak may be the measurement's
     warms_up = not (args.cold or args.no_warmup)
-    engine = await open_engine(args, quiet=quiet, context=context)
+    engine: Engine | None = None
     try:
+        engine = await opening
         ids = None if text is None else engine.tokenizer.encode(text)
         source = TokenSource(engine.loaded.hp.vocab_size, ids)
         source.require(sum(test.total_tokens for test in tests) * (args.repetitions + warms_up))
@@ -83,11 +92,30 @@ async def _run(
                 result.samples.append(await run_sample(engine, test, source))
             output.row(result)
         output.end()
+        if args.stats:
+            stats = engine.stats()
+            if not knows_peak:
+                stats.peak_bytes = 0
+            print(*stats.lines(), sep="\n", file=sys.stderr)
     finally:
-        await engine.close()
-    if args.stats:
-        print(*engine.stats().lines(), sep="\n", file=sys.stderr)
+        if engine is not None:
+            await engine.close()
     return 0
+
+
+def _memory_rate(threads: int, budget: int | None) -> float | None:
+    """Bytes per second that the threads read from memory, measured within the budget and what is
+    free. None where too little of it is left."""
+    room = host.available_bytes()
+    if budget is not None:
+        room = min(room, budget - host.resident_bytes())
+    nbytes = min(BYTES_PER_THREAD, room // threads) // _PAGE_BYTES * _PAGE_BYTES
+    if nbytes < LEAST_BYTES_PER_THREAD:
+        return None
+    try:
+        return measure_read_bandwidth(threads, nbytes)
+    except (OSError, RuntimeError):  # memory or threads that the process may not have (ulimit)
+        return None
 
 
 def _tests(args: argparse.Namespace) -> list[BenchTest]:
