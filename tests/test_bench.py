@@ -293,6 +293,10 @@ def test_text_and_bad_requests(capsys, model, tmp_path):
         (["-c", "4"], "need a context of 8 tokens, -c gives 4"),
         (["-r", "0"], "-r must be at least 1"),
         (["-t", "-1"], "threads must be 1 to 4096, not -1"),
+        (["--cold", "--stats"], "opens the model anew for every repetition: leave out --stats"),
+        (["--cold", "--profile", "p"], "leave out --profile"),
+        (["--cold", "--trace", "t"], "leave out --trace"),
+        (["--cold", "--record-routes", "r"], "leave out --record-routes"),
     ):
         status, out, err = bench(capsys, model, *arguments)
         assert (status, message in err, out) == (1, True, ""), err

@@ -55,6 +55,7 @@ def run(args: argparse.Namespace) -> Coroutine[Any, Any, int]:
     tests = _tests(args)
     if args.repetitions < 1:
         raise RequestError("-r must be at least 1")
+    _check_cold(args)
     needed = max(test.total_tokens for test in tests)
     context = args.ctx_size or needed
     if context < needed:
@@ -101,6 +102,18 @@ async def _run(
         if engine is not None:
             await engine.close()
     return 0
+
+
+def _check_cold(args: argparse.Namespace) -> None:
+    """Refuse what one opening would leave to the next, or tell of the last one alone."""
+    if not args.cold:
+        return
+    for flag in ("profile", "trace", "record_routes", "stats"):
+        if getattr(args, flag):
+            raise RequestError(
+                "--cold opens the model anew for every repetition: leave out"
+                f" --{flag.replace('_', '-')}"
+            )
 
 
 def _memory_rate(threads: int, budget: int | None) -> float | None:
