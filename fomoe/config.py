@@ -77,6 +77,7 @@ class EngineOptions:
     device: where layers are computed: "cpu", "cuda:0", "hip:0"; several take turns (cuda:0,cuda:1)
     vram: bytes of each device's memory that may be used; empty plans from what is free there.
     cpu_moe, n_cpu_moe: the processor computes the experts of all layers, or of the first n.
+    process_bytes: what the memory plan counts for the process itself; None takes what it has now.
     trace: a file that reads, stalls and compute are recorded to (see fomoe.trace).
     cache_dir: where the measured speed of drives is kept; None measures anew.
     """
@@ -105,6 +106,7 @@ class EngineOptions:
     vram: tuple[int, ...] = ()
     cpu_moe: bool = False
     n_cpu_moe: int = 0
+    process_bytes: int | None = None
     trace: Path | None = None
     cache_dir: Path | None = None
 

@@ -23,6 +23,8 @@ from fomoe.weights import embedding_row_room, region_bytes
 # What the interpreter, the allocator and the thread stacks take beyond what is counted below.
 _ALLOWANCE = 48 << 20
 _PROCESS_GRAIN = 64 << 20
+# What a plan calls the share of the process itself.
+PROCESS = "process"
 
 
 def expert_layouts(gguf: GgufFile, hp: HyperParameters, alignment: int) -> list[ExpertLayout]:
@@ -54,6 +56,14 @@ def embedding_table_bytes(gguf: GgufFile, hp: HyperParameters, alignment: int) -
     return 0 if hp.tied_head else region_bytes(gguf.tensors[hp.embedding], alignment)
 
 
+def _process_bytes(options: EngineOptions) -> int:
+    process = host.resident_bytes() + _ALLOWANCE
+    if options.deterministic:
+        # What is resident must not depend on a megabyte that the process happens to take.
+        process = -(-process // _PROCESS_GRAIN) * _PROCESS_GRAIN
+    return process
+
+
 def plan_memory(
     gguf: GgufFile,
     hp: HyperParameters,
@@ -65,13 +75,10 @@ def plan_memory(
 ) -> MemoryPlan:
     """The plan of the host's memory, `devices` having theirs. `held`: what is kept beside the
     process and the experts, (name, bytes), the workspace last. Raises BudgetError."""
-    process = host.resident_bytes() + _ALLOWANCE
-    if options.deterministic:
-        # What is resident must not depend on a megabyte that the process happens to take.
-        process = -(-process // _PROCESS_GRAIN) * _PROCESS_GRAIN
+    process = options.process_bytes or _process_bytes(options)
     rows = embedding_row_room(gguf.tensors[hp.embedding]) * options.ubatch
     logits = options.logit_rows * hp.vocab_size * 4
-    fixed = [("process", process), *held[:-1], (held[-1][0], held[-1][1] + rows)]
+    fixed = [(PROCESS, process), *held[:-1], (held[-1][0], held[-1][1] + rows)]
     fixed.append(("logits", logits))
     needs = [
         LayerNeed(

@@ -5,6 +5,7 @@ import asyncio
 import csv
 import dataclasses
 import io
+import itertools
 import json
 
 import numpy as np
@@ -16,6 +17,7 @@ from fomoe.bench import BenchResult, BenchTest, Sample, TokenSource, run_sample,
 from fomoe.cli import main
 from fomoe.commands.bench import _memory_rate as measures_memory
 from fomoe.commands.bench import _numbers, _pair
+from fomoe.config import format_size
 from fomoe.kernels.bandwidth import measure_read_bandwidth
 from fomoe.kernels.open_device import backend_name, card_name
 
@@ -245,6 +247,24 @@ def test_a_memory_rate_that_is_not_known_is_not_printed(capsys, model, monkeypat
     assert "of that" not in out
     _, out, _ = bench(capsys, model, "-o", "json")
     assert json.loads(out)[0]["memory_gb_per_second"] is None
+
+
+@pytest.mark.parametrize("flags", [[], ["--device", "cpu,cpu"]])
+def test_a_plan_is_kept_though_the_process_grows(capsys, model, monkeypatch, flags):
+    plans, resident = [], itertools.count(100 << 20, 16 << 20)
+
+    def noted(engine, test, source):
+        plans.append(engine.plan)
+        return run_sample(engine, test, source)
+
+    monkeypatch.setattr("fomoe.commands.bench.run_sample", noted)
+    monkeypatch.setattr(host, "resident_bytes", lambda: next(resident))
+    status, _, err = bench(capsys, model, "--cold", *flags)
+    assert status == 0, err
+    assert len(plans) == 4
+    assert len({(p.budget, p.fixed, p.quota) for p in plans}) == 1
+    assert len({tuple(d.quota.items()) for p in plans for d in p.devices[:1]}) < 2
+    assert f"of {format_size(plans[0].budget)} " in err
 
 
 def test_figures_of_no_peak_leave_it_out(capsys, model, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import re
 import sys
 from collections.abc import Coroutine
@@ -20,6 +21,8 @@ from fomoe.kernels.bandwidth import (
     LEAST_BYTES_PER_THREAD,
     measure_read_bandwidth,
 )
+from fomoe.needs import PROCESS
+from fomoe.plan import MemoryPlan
 
 _MAX_TESTS = 10_000  # of one flag: a range is written quickly
 _PAGE_BYTES = 2 << 20
@@ -78,6 +81,7 @@ async def _run(
     engine: Engine | None = None
     try:
         engine = await opening
+        same = _same_plan(engine.plan)
         ids = None if text is None else engine.tokenizer.encode(text)
         source = TokenSource(engine.loaded.hp.vocab_size, ids)
         source.require(sum(test.total_tokens for test in tests) * (args.repetitions + warms_up))
@@ -89,7 +93,9 @@ async def _run(
             for _ in range(args.repetitions):
                 if args.cold:
                     await engine.close()
-                    engine = await open_engine(args, quiet=True, context=context)
+                    engine = None  # what it holds must go before the next one comes
+                    gc.collect()
+                    engine = await open_engine(args, quiet=True, context=context, **same)
                 result.samples.append(await run_sample(engine, test, source))
             output.row(result)
         output.end()
@@ -129,6 +135,15 @@ def _memory_rate(threads: int, budget: int | None) -> float | None:
         return measure_read_bandwidth(threads, nbytes)
     except (OSError, RuntimeError):  # memory or threads that the process may not have (ulimit)
         return None
+
+
+def _same_plan(plan: MemoryPlan) -> dict[str, Any]:
+    """Options that give this plan again, though the process has grown meanwhile."""
+    return {
+        "dram": plan.budget,
+        "vram": tuple(device.budget for device in plan.devices),
+        "process_bytes": dict(plan.fixed)[PROCESS],
+    }
 
 
 def _tests(args: argparse.Namespace) -> list[BenchTest]:

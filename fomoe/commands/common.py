@@ -166,6 +166,8 @@ def _add_car_arguments(parser: argparse.ArgumentParser) -> None:
 def open_engine(args: argparse.Namespace, *, quiet: bool = False, **more: Any) -> Opening:
     """An engine as the flags say. Unless `quiet`, stderr shows the plan, then a bar."""
     options: dict[str, Any] = {
+        "dram": args.dram,
+        "vram": args.vram,
         "context": args.ctx_size,
         "parallel": 1,
         "ubatch": args.ubatch_size,
@@ -196,8 +198,6 @@ def open_engine(args: argparse.Namespace, *, quiet: bool = False, **more: Any) -
     }
     return Engine.open(
         args.model or DEMO_MODEL,
-        dram=args.dram,
-        vram=args.vram,
         on_plan=None if quiet else show_plan,
         progress=None if quiet else LoadBar(),
         **(options | more),
