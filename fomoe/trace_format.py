@@ -98,3 +98,8 @@ class Reason(enum.IntEnum):
 
 COMPACT_PARTS: Final = (Part.MIX, Part.ROUTE, Part.RESIDENT, Part.SHARED, Part.FINISH)
 NO_PICK: Final = 0xFFFF
+# What a record may say at most: 14 bits name a pick, and no model has half as many layers. Times
+# are below 2**62, so that differences of two fit 64 bits.
+MAX_EXPERTS: Final = NO_PICK >> 2
+MAX_LAYERS: Final = 1 << 10
+MAX_NS: Final = 1 << 62

@@ -12,11 +12,12 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from fomoe.errors import FormatError, RequestError
 from fomoe.trace import Tracer
-from fomoe.trace_format import HEAD, HEADER_BYTES, RECORD, Kind, Part, Source
+from fomoe.trace_format import HEAD, HEADER_BYTES, RECORD, RECORD_TYPE, Kind, Part, Source
 from fomoe.tracing.recording import read_recording
 
 
@@ -146,6 +147,62 @@ def test_a_damaged_record_is_left_out(tmp_path: Path) -> None:
     recording = read_recording(path)
     assert recording.damaged == 1
     assert recording.records["begin"].tolist() == [0, 2]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("expert", 2**31 - 1),
+        ("expert", 64),
+        ("expert", -2),
+        ("layer", 6),
+        ("layer", -7),
+        ("begin", -1),
+        ("end", 2**63 - 1),
+    ],
+)
+def test_a_record_that_is_not_of_the_model_is_left_out(
+    tmp_path: Path, field: str, value: int
+) -> None:
+    path = tmp_path / "t"
+    with Tracer.create(path, capacity=4, info={"layers": 6, "experts": 64}) as tracer:
+        for i in range(3):
+            tracer.event(Kind.USE, i, i, layer=5, expert=63)
+    records = np.memmap(path, RECORD_TYPE, "r+", HEADER_BYTES)
+    records[field][1] = value
+    records.flush()
+    recording = read_recording(path)
+    assert recording.damaged == 1
+    assert recording.records["begin"].tolist() == [0, 2]
+
+
+def test_compact_records_must_be_of_the_model_too(tmp_path: Path) -> None:
+    with Tracer.create(tmp_path / "t", capacity=9, info={"layers": 6, "experts": 64}) as tracer:
+        tracer.picks(5, 3, 7, [4 * 63, 4 * 2])
+        tracer.picks(6, 3, 7, [4 * 2, 4 * 64])
+        tracer.layer(0, 10**9, 3, 7, [(Part.FINISH, 3, 0, 10**9, 0)])  # its length is in `expert`
+    recording = read_recording(tmp_path / "t")
+    assert recording.damaged == 1
+    assert recording.records["expert"].tolist() == [63, 2, -1, -1]
+
+
+def test_a_description_that_says_nothing_sensible_bounds_nothing(tmp_path: Path) -> None:
+    info = {"layers": 10**9, "experts": "many"}
+    with Tracer.create(tmp_path / "t", capacity=9, info=info) as tracer:
+        tracer.event(Kind.USE, 1, 1, layer=100, expert=16000)
+        tracer.event(Kind.USE, 1, 1, layer=100, expert=1 << 20)
+    assert read_recording(tmp_path / "t").damaged == 1
+
+
+def test_a_description_without_end_is_damaged(tmp_path: Path) -> None:
+    path = tmp_path / "t"
+    with Tracer.create(path, capacity=1, info={"model": "m" * 20_000}):
+        pass
+    data = bytearray(path.read_bytes())
+    data[HEAD.size : HEAD.size + 20_000] = b"[" * 20_000
+    path.write_bytes(data)
+    with pytest.raises(FormatError, match="description of the recording is damaged"):
+        read_recording(path)
 
 
 def test_the_head_is_strict_json(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import io
 import json
 import math
 import os
@@ -20,9 +21,11 @@ from toy import K_TOY, write_toy
 
 from fomoe import BudgetError, Engine, Sampling, Stats
 from fomoe.trace import Tracer
-from fomoe.trace_format import Kind, Part, Reason, Source
+from fomoe.trace_format import HEADER_BYTES, RECORD_TYPE, Kind, Part, Reason, Source
 from fomoe.tracing.intervals import covered, following, lanes, union
 from fomoe.tracing.layers import expert_counts
+from fomoe.tracing.page import page_data
+from fomoe.tracing.perfetto import write_chrome_trace
 from fomoe.tracing.recording import read_recording
 from fomoe.tracing.summary import Summary, as_json, summarise
 from fomoe.tracing.text import render
@@ -262,6 +265,33 @@ def test_text_of_an_acted_run(tmp_path: Path) -> None:
     assert "% of 1.25)" in text
     assert "nan" not in text
     assert max(map(len, text.splitlines()[1:])) <= 100
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_whatever_is_damaged_is_shown_without_complaint(tmp_path: Path, seed: int) -> None:
+    path, random = record(tmp_path / "t", decode=5), np.random.default_rng(seed)
+    records = np.memmap(path, RECORD_TYPE, "r+", HEADER_BYTES)
+    data = records[: np.count_nonzero(records["serial"])].view(np.uint8)
+    data[random.integers(0, len(data), 200)] = random.integers(0, 256, 200)
+    records.flush()
+    summary = summarise(read_recording(path))
+    assert summary.recording.damaged
+    assert expert_counts(summary.timeline).uses.shape == (6, 64)
+    assert render(summary)
+    assert page_data(summary, 10_000)
+    json.dumps(as_json(summary), allow_nan=False)
+    write_chrome_trace(summary, io.StringIO())
+
+
+@pytest.mark.parametrize("rate", [10**400, 1e-320, -1, True, "fast"])
+def test_a_ceiling_that_is_none(tmp_path: Path, rate: object) -> None:
+    summary = summary_of(
+        tmp_path,
+        (Kind.STEP, 0, 9, -1, -1, 0, 1, 0),
+        (Kind.READ, 1, 5, 0, 5, 0, 60 * MS, 0),
+        drive_gbps=rate,
+    )
+    assert render(summary)
 
 
 def tool(*args: str | Path) -> subprocess.CompletedProcess[str]:

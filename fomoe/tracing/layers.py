@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fomoe.trace_format import Kind, Records, Source
+from fomoe.trace_format import MAX_EXPERTS, MAX_LAYERS, Kind, Records, Source
 from fomoe.tracing.intervals import I64
+from fomoe.tracing.recording import told
 from fomoe.tracing.timeline import Timeline, sums
 
 
@@ -83,10 +84,13 @@ def expert_counts(t: Timeline) -> ExpertCounts:
     evicted = records[records["kind"] == Kind.EVICT]
     shape = tuple(
         max(
-            _known(t, key),
+            told(t.recording.info, key, most) or 0,
             *(int(r[name].max()) + 1 if len(r) else 0 for r in (t.uses, evicted)),
         )
-        for key, name in (("layers", "layer"), ("experts", "expert"))
+        for key, name, most in (
+            ("layers", "layer", MAX_LAYERS),
+            ("experts", "expert", MAX_EXPERTS),
+        )
     )
     missed = t.uses[t.uses["b"] != Source.RESIDENT]
     counts = []
@@ -96,8 +100,3 @@ def expert_counts(t: Timeline) -> ExpertCounts:
         np.add.at(count, (own["layer"], own["expert"]), 1)
         counts.append(count)
     return ExpertCounts(uses=counts[0], misses=counts[1], evictions=counts[2])
-
-
-def _known(t: Timeline, key: str) -> int:
-    value = t.recording.info.get(key)
-    return value if isinstance(value, int) and 0 <= value <= 1 << 15 else 0

@@ -22,6 +22,9 @@ from fomoe.trace_format import (
     HEAD,
     HEADER_BYTES,
     MAGIC,
+    MAX_EXPERTS,
+    MAX_LAYERS,
+    MAX_NS,
     NO_PICK,
     RECORD,
     RECORD_TYPE,
@@ -61,8 +64,7 @@ def read_recording(path: str | os.PathLike[str]) -> Recording:
     except OSError as error:
         raise RequestError(f"cannot read {path}: {error.strerror or error}") from error
     written = raw[raw["serial"] != 0]
-    kinds = np.array(list(Kind), dtype=np.uint16)
-    records = written[(written["end"] >= written["begin"]) & np.isin(written["kind"], kinds)]
+    records = written[_sensible(written, info)]
     serial = records["serial"].astype(np.int64)
     if serial.size and serial.max() - serial.min() > capacity:  # passed 2**32 on the way
         serial[serial < 2**31] += 2**32
@@ -97,11 +99,33 @@ def _read_head(path: Path, head: bytes, size: int) -> tuple[dict[str, Any], int,
         )
     try:
         info = json.loads(head[HEAD.size : HEAD.size + json_bytes])
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise FormatError(f"{path}: the description of the recording is damaged") from error
     if not isinstance(info, dict):
         raise FormatError(f"{path}: the description of the recording is damaged")
     return info, capacity, total
+
+
+def told(info: Mapping[str, Any], key: str, most: int) -> int | None:
+    """A number of the description, None where there is no sensible one."""
+    value = info.get(key)
+    return value if isinstance(value, int) and 0 < value <= most else None
+
+
+def _sensible(records: Records, info: Mapping[str, Any]) -> npt.NDArray[np.bool_]:
+    """Which records may be what was written. What is made of them is as large as the largest layer
+    and expert that they name, so these must be of the model."""
+    kind, layer, expert = records["kind"], records["layer"], records["expert"].copy()
+    expert[kind == Kind.LAYER_PARTS] = -1  # a duration there
+    picks = kind == Kind.PICKS
+    codes = _codes(records[picks])
+    expert[picks] = np.where(codes == NO_PICK, 0, codes >> 2).max(axis=1, initial=0)
+    good: npt.NDArray[np.bool_] = np.isin(kind, np.array(list(Kind), dtype=np.uint16))
+    good &= (records["begin"] >= 0) & (records["begin"] <= records["end"])
+    good &= records["end"] < MAX_NS
+    good &= (layer >= -1) & (layer < (told(info, "layers", MAX_LAYERS) or MAX_LAYERS))
+    good &= (expert >= -1) & (expert < (told(info, "experts", MAX_EXPERTS) or MAX_EXPERTS))
+    return good
 
 
 def plain_records(records: Records) -> Records:
@@ -138,10 +162,15 @@ def _stretches(layers: Records) -> tuple[Records, npt.NDArray[np.intp]]:
 
 def _uses(picks: Records) -> tuple[Records, npt.NDArray[np.intp]]:
     """USE records of PICKS, and which record each is of."""
-    codes = np.stack((picks["a"], picks["b"]), axis=1).view(np.uint16).reshape(-1, 8)
+    codes = _codes(picks)
     of, place = np.nonzero(codes != NO_PICK)
     result = picks[of]
     code = codes[of, place]
     result["kind"], result["expert"] = Kind.USE, code >> 2
     result["a"], result["b"] = 1, code & 3
     return result, of
+
+
+def _codes(picks: Records) -> npt.NDArray[np.uint16]:
+    """The eight picks of each record, uint16 [n, 8]."""
+    return np.stack((picks["a"], picks["b"]), axis=1).view(np.uint16).reshape(-1, 8)

@@ -46,12 +46,12 @@ class Timeline:
     @property
     def ceiling_gbps(self) -> float:
         value = self.recording.info.get("drive_gbps")
-        return float(value) if isinstance(value, int | float) and value > 0 else math.nan
+        return float(value) if isinstance(value, int | float) and 1e-6 < value < 1e6 else math.nan
 
 
 def submitted(reads: Records) -> I64:
     """When each read was handed to the drive; `begin` is when it was queued."""
-    at: I64 = np.minimum(reads["begin"] + np.maximum(reads["b"], 0), reads["end"])
+    at: I64 = reads["begin"] + np.clip(reads["b"], 0, reads["end"] - reads["begin"])
     return at
 
 
