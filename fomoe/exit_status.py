@@ -19,6 +19,8 @@ def exit_status(program: str, work: Callable[[], int]) -> int:
     (Ctrl-C), 141 (what is printed is not read).
     """
     _fill_streams()
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # as it was left while modules loaded
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         status = work()
         sys.stdout.flush()

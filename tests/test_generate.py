@@ -322,6 +322,37 @@ def test_a_second_signal_ends_the_program_at_once(model):
         assert process.returncode == -signal.SIGINT
 
 
+@pytest.mark.parametrize("module", ["fomoe.cli", "fomoe.engine"])
+def test_ctrl_c_while_modules_are_imported(module):
+    """A background job, which these tests may be, would begin with the signal ignored."""
+    program = "import signal, sys, time\n"
+    program += "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    program += "class Slow:\n"
+    program += "    def find_spec(self, name, *_):\n"
+    program += f"        if name == {module!r}:\n"
+    program += "            print('importing', flush=True), time.sleep(60)\n"
+    program += "sys.meta_path.insert(0, Slow())\n"
+    program += "from fomoe.start import main\nsys.exit(main())"
+    command = [sys.executable, "-P", "-c", program, "generate", "-p", "x"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        wait_for(process.stdout, b"importing\n")
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=30)
+        assert process.returncode in (130, -signal.SIGINT)
+        assert errors in (b"", b"\nfomoe: interrupted\n")
+
+
+def test_the_library_leaves_signals_alone():
+    program = "import signal\n"
+    program += "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    program += "import fomoe\n"
+    program += "assert set(fomoe.__all__) <= set(dir(fomoe))\n"
+    program += "assert [getattr(fomoe, n).__name__ for n in fomoe.__all__] == fomoe.__all__\n"
+    program += "assert not hasattr(fomoe, 'Motor')\n"
+    program += "assert signal.getsignal(signal.SIGINT) is signal.default_int_handler\n"
+    subprocess.run([sys.executable, "-P", "-c", program], check=True, timeout=60)
+
+
 @pytest.mark.parametrize("json_flag", [[], ["--json"]])
 def test_nobody_reads_what_is_printed(model, json_flag):
     reading, writing = os.pipe()

@@ -8,6 +8,7 @@ import io
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -370,3 +371,23 @@ def test_run_records_and_shows(tmp_path: Path) -> None:
     assert failed.returncode != 0
     assert "the run ended before it recorded anything" in failed.stderr
     assert "books-moe" not in failed.stdout
+
+
+def test_ctrl_c_while_modules_are_imported() -> None:
+    program = "import runpy, signal, sys, time\n"
+    program += "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    program += "class Slow:\n"
+    program += "    def find_spec(self, name, *_):\n"
+    program += "        if name == 'fomoe.tracing.page':\n"
+    program += "            print('importing', flush=True), time.sleep(60)\n"
+    program += "sys.meta_path.insert(0, Slow())\n"
+    program += (
+        f"sys.argv = ['trace', 'show', 'none']\nrunpy.run_path({str(TOOL)!r}, None, '__main__')"
+    )
+    command = [sys.executable, "-P", "-c", program]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert b"importing\n" in iter(process.stdout.readline, b"")
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=30) == (b"", b"")
+        assert process.returncode == -signal.SIGINT
