@@ -8,10 +8,12 @@ import io
 import json
 import math
 import os
+import runpy
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -371,6 +373,67 @@ def test_run_records_and_shows(tmp_path: Path) -> None:
     assert failed.returncode != 0
     assert "the run ended before it recorded anything" in failed.stderr
     assert "books-moe" not in failed.stdout
+
+
+def traced(monkeypatch: pytest.MonkeyPatch, program: str, *args: str | Path) -> int:
+    """tools/trace as a function, which runs another program than fomoe."""
+    trace = runpy.run_path(str(TOOL))
+    monkeypatch.setitem(trace["run"].__globals__, "START", program)
+    monkeypatch.setattr("sys.argv", ["trace", "run", *map(str, args), "--", "generate"])
+    status: int = trace["main"]()
+    return status
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_run_that_a_signal_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    program = "import os, signal\nsignal.signal(signal.SIGINT, signal.SIG_DFL)\n"
+    program += f"os.kill(os.getpid(), {int(number)})"
+    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    assert traced(monkeypatch, program, "--out", tmp_path / "t") == 128 + number
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
+
+
+def test_signals_are_the_shows_own_when_the_run_has_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+
+    def summarised(*_: Any, **__: Any) -> Summary:
+        seen.append(signal.getsignal(signal.SIGTERM))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fomoe.tracing.summary.summarise", summarised)
+    source, out = record(tmp_path / "source", decode=1), tmp_path / "t"
+    program = f"import shutil, sys; shutil.copy({str(source)!r}, sys.argv[-1])"
+    with pytest.raises(KeyboardInterrupt):
+        traced(monkeypatch, program, "--out", out)
+    assert seen == [signal.getsignal(signal.SIGTERM)]
+
+
+def test_json_is_all_that_stdout_gets_of_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    source, out = record(tmp_path / "source", decode=1), tmp_path / "t"
+    program = f"import shutil, sys; shutil.copy({str(source)!r}, sys.argv[-1]); print('a text')"
+    assert traced(monkeypatch, program, "--out", out, "--json") == 0
+    printed = capfd.readouterr()
+    assert json.loads(printed.out)["info"]["model"] == "acted-moe"
+    assert "a text" in printed.err
+
+
+@pytest.mark.parametrize("flag", ["--html", "--perfetto"])
+def test_a_recording_is_not_overwritten(tmp_path: Path, flag: str) -> None:
+    path = record(tmp_path / "t", decode=1)
+    before = path.read_bytes()
+    for command in (["show", path], ["run", "--out", path]):
+        rest = ["--", "generate"] * (command[0] == "run")
+        refused = tool(*command, flag, tmp_path / "." / "t", *rest)
+        assert refused.returncode == 1
+        assert refused.stderr.startswith("trace: error: ")
+        assert len(refused.stderr.splitlines()) == 1
+        assert path.read_bytes() == before
 
 
 def test_ctrl_c_while_modules_are_imported() -> None:
