@@ -1,8 +1,11 @@
 """tools/bench_peers runs programs by turns and compares what they print."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -27,6 +30,13 @@ def fake_bench(path: Path, rates: dict[str, float], status: int = 0) -> Path:
     path.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{script}" "$@"\n')
     path.chmod(0o755)
     return path
+
+
+def printing(path: Path, code: str) -> Path:
+    """A program of this code."""
+    program = fake_bench(path, {})
+    program.with_suffix(".py").write_text(code)
+    return program
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -84,3 +94,102 @@ def test_goes_on_without_a_program_that_fails(tmp_path: Path, missing: bool) -> 
     assert ("No such file" if missing else "ended with 3:\nbroken") in done.stderr
     assert "| tg64 | 20.00 (20.00 to 20.00) | - | - |" in done.stdout
     assert missing or len((tmp_path / "bad.log").read_text().splitlines()) == 1
+
+
+ROWS = json.dumps([{"n_prompt": 0, "n_gen": 64, "avg_ts": 20.0}])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [f"[WARN] x\n[1] y\n[] {ROWS}", f"{ROWS}\n[done]\n", f"[{{\n{ROWS}", f"\udcff{ROWS}\udcff"],
+)
+def test_lines_of_its_own_around_the_json(tmp_path: Path, text: str) -> None:
+    data = text.encode(errors="surrogateescape")
+    peer = printing(tmp_path / "peer", f"import sys; sys.stdout.buffer.write({data!r})")
+    done = run("--only-peers", "--rounds", "1", "--peer", f"peer={peer}")
+    assert done.returncode == 0, done.stderr
+    assert "| tg64 | 20.00 (20.00 to 20.00) | - |" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "[1, 2]",
+        '[{"n_prompt": 0, "n_gen": 64}]',
+        '[{"avg_ts": 3}]',
+        *(ROWS.replace("20.0", rate) for rate in ("null", "0", "-1", "NaN", '"x"', "1" * 400)),
+        "[" * 100_000,
+    ],
+)
+def test_what_is_no_rate_is_no_success(tmp_path: Path, text: str) -> None:
+    good = fake_bench(tmp_path / "good", {"tg": 20.0})
+    bad = printing(tmp_path / "bad", f"print({text!r})")
+    done = run("--only-peers", "--rounds", "1", "--peer", f"bad={bad}", "--peer", f"good={good}")
+    assert done.returncode == 1
+    assert "printed no JSON of tests" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "| tg64 | - | 20.00 (20.00 to 20.00) | - |" in done.stdout
+
+
+@pytest.mark.parametrize("flag", ["--peer=x='a", "--fomoe-args='a", "--limited='a"])
+def test_quotes_that_are_not_closed(flag: str) -> None:
+    done = run(flag)
+    assert done.returncode == 2
+    assert "No closing quotation" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def wrapper(path: Path) -> Path:
+    """A program that runs another one as its child, whose number it writes to PATH.child."""
+    path.write_text(f'#!/bin/sh\n"$@" &\necho $! >"{path}.child"\nwait\n')
+    path.chmod(0o755)
+    return path
+
+
+def is_running(pid_file: Path) -> bool:
+    stat = Path("/proc") / pid_file.read_text().strip() / "stat"
+    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] not in "ZX"
+
+
+def test_what_takes_too_long_is_ended_with_all_it_started(tmp_path: Path) -> None:
+    wrapped = wrapper(tmp_path / "wrapped")
+    slow = printing(tmp_path / "slow", "import time; time.sleep(60)")
+    done = run(
+        "--only-peers", "--timeout", "0.5", "--limited", str(wrapped), "--peer", f"slow={slow}"
+    )
+    assert done.returncode == 1
+    assert "timed out after 0.5 seconds" in done.stderr
+    assert not is_running(tmp_path / "wrapped.child")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_leaves_what_was_measured(tmp_path: Path, number: signal.Signals) -> None:
+    good = fake_bench(tmp_path / "good", {"tg": 20.0})
+    slow = printing(tmp_path / "slow", "import time; time.sleep(60)")
+    wrapped = wrapper(tmp_path / "wrapped")
+    # A background job, which these tests may be, would begin with the signal ignored.
+    program = "import runpy, signal, sys; sys.argv = sys.argv[1:]\n"
+    program += "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    program += "runpy.run_path(sys.argv[0], None, '__main__')"
+    flags = ["-m", "a.gguf", "--only-peers", "--peer", f"good={good}"]
+    flags += ["--peer", f"slow={wrapped} {slow}"]
+    with subprocess.Popen(
+        [sys.executable, "-c", program, str(TOOL), *flags],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONUNBUFFERED": "1"},
+    ) as process:
+        end = time.monotonic() + 30
+        while not (tmp_path / "wrapped.child").exists():
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        process.send_signal(number)
+        out, errors = process.communicate(timeout=30)
+    assert process.returncode == 128 + number
+    assert "median of 1 (range)" in out
+    assert "| tg64 | 20.00 (20.00 to 20.00) | - | - |" in out
+    assert "Traceback" not in errors
+    assert not is_running(tmp_path / "wrapped.child")
