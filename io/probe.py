@@ -101,7 +101,7 @@ async def measure_reads(
     """Read random places of the reader's files, which have these sizes, for about `seconds`.
 
     The memory is touched (and registered) first, and a round of reads is left out of the figures.
-    OSError when a read fails.
+    Of a file that is shorter than a request, what there is of it counts. OSError when a read fails.
     """
     assert request_bytes % reader.alignment == 0
     base = arena.allocate(request_bytes * outstanding)
@@ -110,11 +110,12 @@ async def measure_reads(
         reader.register_memory(base, request_bytes * outstanding)
     load = _Load(reader, file_bytes, request_bytes, random.Random(seed))
     await load.run(base, outstanding, until=time.perf_counter())
-    reads, cpu, begin = load.reads, time.process_time(), time.perf_counter()
+    reads, bytes_before = load.reads, load.bytes
+    cpu, begin = time.process_time(), time.perf_counter()
     await load.run(base, outstanding, until=begin + seconds)
     return ReadRate(
         reads=load.reads - reads,
-        bytes=(load.reads - reads) * request_bytes,
+        bytes=load.bytes - bytes_before,
         seconds=time.perf_counter() - begin,
         cpu_seconds=time.process_time() - cpu,
     )
@@ -134,6 +135,7 @@ class _Load:
         self._until = 0.0
         self._finished: asyncio.Future[None] | None = None
         self.reads = 0
+        self.bytes = 0
 
     async def run(self, base: int, outstanding: int, until: float) -> None:
         self._until = until
@@ -158,6 +160,7 @@ class _Load:
     def _landed(self, request: ReadRequest) -> None:
         assert self._finished is not None
         self.reads += 1
+        self.bytes += request.extents[0].needed
         if request.error is None and time.perf_counter() < self._until:
             self._reader.submit([self._request(request.extents[0].address)])
             return

@@ -12,6 +12,8 @@ from io_rig import write_bytes
 
 from fomoe.errors import ReadError
 from fomoe.io import probe
+from fomoe.io.arena import Arena
+from fomoe.io.open import open_reader
 from fomoe.io.probe import Drive, device_name, probe_drive
 
 TWO = ((1 << 20, 2), (256 << 10, 8))
@@ -61,6 +63,26 @@ def test_more_in_flight_must_be_worthwhile(path: Path, monkeypatch: pytest.Monke
     better = run(path, None)
     assert better is not None
     assert (better.read_bytes, better.depth) == TWO[1]
+
+
+def test_of_a_short_file_only_what_there_is_counts(tmp_path: Path) -> None:
+    write_bytes(tmp_path / "short", 100_000)
+
+    async def main() -> probe.ReadRate:
+        reader = open_reader([tmp_path / "short"], loop=asyncio.get_running_loop())
+        arena = Arena(2 << 20)
+        arena.attach(reader)
+        try:
+            return await probe.measure_reads(
+                reader, arena, [100_000], request_bytes=1 << 20, outstanding=2, seconds=0.01
+            )
+        finally:
+            await reader.close()
+            arena.close()
+
+    rate = asyncio.run(main())
+    assert rate.reads > 0
+    assert rate.bytes == rate.reads * 100_000
 
 
 def test_it_is_remembered_for_each_drive(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
