@@ -404,12 +404,13 @@ def test_signals_are_the_shows_own_when_the_run_has_ended(
         seen.append(signal.getsignal(signal.SIGTERM))
         raise KeyboardInterrupt
 
+    before = signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr("fomoe.tracing.summary.summarise", summarised)
     source, out = record(tmp_path / "source", decode=1), tmp_path / "t"
     program = f"import shutil, sys; shutil.copy({str(source)!r}, sys.argv[-1])"
     with pytest.raises(KeyboardInterrupt):
         traced(monkeypatch, program, "--out", out)
-    assert seen == [signal.getsignal(signal.SIGTERM)]
+    assert seen == [before]
 
 
 def test_json_is_all_that_stdout_gets_of_a_run(
