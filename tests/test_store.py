@@ -316,6 +316,32 @@ def test_a_guess_evicts_nobody_until_it_is_used():
     assert free_slots(s) == 6
 
 
+@pytest.mark.parametrize("landed_early", [False, True])
+def test_in_order_reads_do_not_depend_on_when_others_landed(landed_early):
+    s = make(quota=2, transit=2, layers=1, ordered=True)
+    run_step(s, 0, [1, 2])
+    s.store.note_uses(0, np.array([[5, 6, 7, 8]], np.int32), prompt=True)
+
+    async def main():
+        step = s.store.begin(0, [1, 2, 5, 6, 7, 8], [1] * 6)
+        if landed_early:
+            s.reader.land()
+        some = step.take()
+        assert [e[0] for e in some] == [1, 2]
+        step.computed(some)
+        s.reader.land()
+        groups = []
+        while not step.complete:
+            some = step.take()
+            groups.append([e[0] for e in some])
+            step.computed(some)
+            s.reader.land()
+        step.close()
+        return groups
+
+    assert asyncio.run(main()) == [[5, 6], [7, 8]]
+
+
 def test_a_guess_that_was_called_wrong_is_read_again_where_it_is_picked_after_all():
     s = make(quota=2, transit=6, layers=1, top_k=2)
     run_step(s, 0, [1, 2])

@@ -142,7 +142,12 @@ class ExpertStep:
     @property
     def complete(self) -> bool:
         """Every expert has been handed out."""
-        return not (self._urgent or self._resident or self.waiting or self.pending)
+        return not (self.has_more or self.pending)
+
+    @property
+    def has_more(self) -> bool:
+        """Experts that were asked for have not been handed out yet."""
+        return bool(self._urgent or self._resident or self.waiting)
 
     async def landed(self, *, at_once: bool = False) -> list[Resident]:
         """Experts to be computed, as of take(), waiting for one to land if there is none; [] at the

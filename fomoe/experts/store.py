@@ -367,7 +367,8 @@ class ExpertStore:
     def _computed(self, step: ExpertStep, experts: Sequence[int]) -> None:
         """Compute is done with these experts: their slots may be reused."""
         step.layer.release(experts, keep=not step.passing, newcomers=step.sweeping)
-        if step.pending:
+        # In order, what is asked for next must not depend on who has landed by now.
+        if step.pending and not (self._ordered and step.has_more):
             self._read_pending(step)
 
     def _closed(self, step: ExpertStep) -> None:
