@@ -66,7 +66,8 @@ def test_text_does_not_depend_on_when_reads_land(model, io, monkeypatch):
 
 def test_nothing_is_begun_early_while_the_compute_thread_computes(model, monkeypatch):
     """Experts of a prompt land while the next layer's router is asked: the pool has one caller."""
-    asked, started, guess, start = [], [], CpuLayer.guess, CpuMoeCall.start
+    asked, early, guess, start = [], [], CpuLayer.guess, CpuMoeCall.start
+    begun = []
 
     def slow_guess(layer, x):
         asked.append(x)
@@ -77,8 +78,9 @@ def test_nothing_is_begun_early_while_the_compute_thread_computes(model, monkeyp
             asked.pop()
 
     def noted_start(call, expert):
-        started.append(bool(asked))
-        return start(call, expert)
+        early.append(bool(asked))
+        begun.append(start(call, expert))
+        return begun[-1]
 
     monkeypatch.setattr(CpuLayer, "guess", slow_guess)
     monkeypatch.setattr(CpuMoeCall, "start", noted_start)
@@ -88,13 +90,14 @@ def test_nothing_is_begun_early_while_the_compute_thread_computes(model, monkeyp
     async def main():
         async with Engine.open(model, context=256, ubatch=64) as engine:
             dram = engine.plan.fixed_bytes + engine.plan.slot_bytes // 2
-        async with Engine.open(model, dram=dram, context=256, ubatch=64) as engine:
+        options = {"context": 256, "ubatch": 64, "threads": 2}
+        async with Engine.open(model, dram=dram, **options) as engine:
             assert not engine.plan.all_resident
             await engine.logits([7 + i for i in range(40)])
 
     run(main())
-    assert started
-    assert not any(started)
+    assert any(begun)
+    assert not any(early)
 
 
 def test_copies_on_other_drives_are_read_too(model, tmp_path):
