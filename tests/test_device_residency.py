@@ -239,9 +239,15 @@ def test_closed_while_seeds_are_copied(model, tmp_path):
         async with Engine.open(model, **options) as engine:
             fingerprint = engine.loaded.gguf.fingerprint.encode()
         uses = np.ones((TOY.layers, TOY.experts), np.float32)
+        unfinished = []
         for i in range(6):
             write_atomically(path, serialise(uses, fingerprint))
-            async with Engine.open(model, profile=path, **options):
+            async with Engine.open(model, profile=path, **options) as engine:
+                reader, places = engine.loaded.reader, engine.loaded.places
                 await asyncio.sleep(i * 4e-3)
+                unfinished.append(any(p.tier.room(j) for j, p in enumerate(places)))
+            assert reader.idle()
+            assert not any(p.device.failure() for p in places)
+        assert any(unfinished)
 
     run(main())

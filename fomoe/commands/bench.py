@@ -46,7 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--text", type=Path, metavar="FILE",
         help="tokens of a text, which route as text does, instead of random ones")  # fmt: skip
     add("--cold", action="store_true",
-        help="begin every repetition with no expert in memory, the model opened anew")  # fmt: skip
+        help="begin every repetition with no expert in memory, the model opened anew (not with"
+        " --profile, --trace, --record-routes or --stats)")  # fmt: skip
     add("--no-warmup", action="store_true", help="begin as the test before left the cache")
     add("-o", "--output", choices=sorted(FORMATS), default="md",
         help="format of the table (default: %(default)s)")  # fmt: skip
